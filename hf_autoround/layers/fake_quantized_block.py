@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A block's own forward on other weights than its own, and the inputs that each of its weights sees.
+
+The module is never changed: `torch.func.functional_call` swaps parameters for the duration of one call. So nothing has to
+be put back, fused experts need no unfusing, and hooks that accelerate placed keep working.
+
+Shapes: B samples, T tokens, H hidden size, E experts, I in features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+
+def run_block(block: nn.Module, hidden: Tensor, args: tuple, kwargs: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Tensor:
+    """Return the block's hidden states (B, T, H), computed with `weights` (by parameter name) in place of its own."""
+    output = functional_call(block, dict(weights), (hidden, *args), dict(kwargs)) if weights else block(hidden, *args, **kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+@dataclass
+class InputStatistics:
+    """Sums of squared inputs for each parameter, ([E,] 1, I) float32, and the rows that each expert saw."""
+
+    squares: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+
+
+@contextmanager
+def watch_inputs(parameters: Mapping[str, tuple[Tensor, bool]], statistics: InputStatistics) -> Iterator[None]:
+    """Add up the squares of what `parameters` (name -> tensor, transposed) are multiplied with inside the `with`.
+
+    It watches matrix products rather than modules, so a Linear, a Conv1D and one expert's slice of a fused parameter
+    are all seen the same way: the product's weight is recognised by where it lies in memory.
+    """
+    with _InputWatcher(parameters, statistics):
+        yield
+
+
+class _InputWatcher(TorchFunctionMode):
+    def __init__(self, parameters: Mapping[str, tuple[Tensor, bool]], statistics: InputStatistics) -> None:
+        super().__init__()
+        self.statistics = statistics
+        self.by_storage = {
+            tensor.untyped_storage().data_ptr(): (name, tensor, transposed) for name, (tensor, transposed) in parameters.items()
+        }
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        if func is nn.functional.linear or func in _PRODUCTS:
+            position = _PRODUCTS.get(func, 1)
+            # positional in every place that transformers calls them
+            if len(args) > position and isinstance(args[position], Tensor):
+                self._record(args[position - 1], args[position])
+        return func(*args, **(kwargs or {}))
+
+    @torch.no_grad()
+    def _record(self, inputs: Tensor, weight: Tensor) -> None:
+        name, parameter, _ = self.by_storage.get(weight.untyped_storage().data_ptr(), (None, None, None))
+        if name is None or parameter is None or weight.shape[-2:] != parameter.shape[-2:]:
+            return
+        squares = inputs.detach().reshape(-1, inputs.shape[-1]).float().square().sum(0)
+        leading = parameter.shape[:-2]
+        total = self.statistics.squares.setdefault(name, torch.zeros(*leading, 1, squares.numel(), device=squares.device))
+        rows = self.statistics.rows.setdefault(name, torch.zeros(leading, dtype=torch.long))
+        if leading:
+            expert = (weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0)
+            total[expert, 0] += squares
+            rows[expert] += inputs.numel() // inputs.shape[-1]
+        else:
+            total[0] += squares
+            rows += inputs.numel() // inputs.shape[-1]
+
+
+# which argument of each product is the weight: x @ w, addmm(bias, x, w)
+_PRODUCTS = {torch.matmul: 1, Tensor.matmul: 1, Tensor.__matmul__: 1, torch.mm: 1, torch.addmm: 2}

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where quantizable weights live, and what becomes of them.
+
+A model computes with *parameters*; a checkpoint names 2-D *sites*. For a Linear the two are the same thing. Experts are
+one 3-D parameter in memory and one or two sites per expert on disk. Numbers are chosen per parameter (all experts at
+once), names are given per site.
+
+Shapes: E experts, O out features, I in features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from hf_autoround.numerics import QuantizedTensor, dequantize
+from hf_autoround.numerics.grouping import ungroup
+from hf_autoround.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class WeightSite:
+    """One 2-D weight: its checkpoint module name, and its place in a parameter of the model.
+
+    `name` is the module's name in memory and, with `.weight`, in a checkpoint. `parameter` is the parameter's full name;
+    `expert` and `rows` (first, last + 1) say which part of a fused parameter it is. `transposed` parameters hold (I, O).
+    `shape` is (O, I) of the site alone.
+    """
+
+    name: str
+    parameter: str
+    shape: tuple[int, int]
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
+
+    def part(self, oriented: Tensor) -> Tensor:
+        """Return this site's part of a tensor whose leading dimensions are the parameter's ([E,] O, ...)."""
+        tensor = oriented if self.expert is None else oriented[self.expert]
+        return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """One site's (or one whole parameter's) result: frozen numbers, grouped ([E,] O, G, S), and their scheme."""
+
+    tensor: QuantizedTensor
+    columns: int
+    scheme: Scheme
+
+    def weight(self) -> Tensor:
+        """Return the float32 weight, ([E,] O, I)."""
+        return ungroup(dequantize(self.tensor), self.columns)
+
+    def at(self, site: WeightSite) -> QuantizedLayer:
+        """Return the part of a parameter's result that belongs to one of its sites."""
+        tensor = self.tensor
+        assert isinstance(tensor.scale, Tensor) and tensor.minimum is None
+        zero_point = None if tensor.zero_point is None else site.part(tensor.zero_point)
+        part = QuantizedTensor(site.part(tensor.elements), site.part(tensor.scale), zero_point)
+        return replace(self, tensor=part)
+
+
+def oriented(parameter: Tensor, transposed: bool) -> Tensor:
+    """Return a parameter as ([E,] O, I), a view; undoes itself."""
+    return parameter.transpose(-1, -2) if transposed else parameter

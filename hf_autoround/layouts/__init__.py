@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantized tensors to named byte tensors and back: bit order, and nothing else.
+
+To add a layout: write `layouts/<name>.py` with `name`, `refuse`, `empty`, `pack` and `unpack`, and add it to LAYOUTS.
+The law tests take it from there.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hf_autoround.layouts.awq import AWQ
+from hf_autoround.layouts.gptq import GPTQ
+from hf_autoround.numerics import QuantizedTensor
+from hf_autoround.scheme import TensorSpec
+
+
+class Layout(Protocol):
+    """Where the bits of one layer's numbers lie; knows no files, devices or modules."""
+
+    name: str
+
+    def refuse(self, spec: TensorSpec, shape: tuple[int, int]) -> str | None: ...
+    def empty(self, spec: TensorSpec, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]: ...
+    def pack(self, tensor: QuantizedTensor, spec: TensorSpec, columns: int) -> dict[str, Tensor]: ...
+    def unpack(self, tensors: Mapping[str, Tensor], spec: TensorSpec, shape: tuple[int, int]) -> QuantizedTensor: ...
+
+
+GPTQ_V1 = GPTQ("gptq", zero_offset=1)
+GPTQ_V2 = GPTQ("gptq_v2", zero_offset=0)
+
+LAYOUTS: tuple[Layout, ...] = (GPTQ_V1, GPTQ_V2, AWQ())
+
+__all__ = ["AWQ", "GPTQ_V1", "GPTQ_V2", "LAYOUTS", "Layout"]

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dense streams of b-bit codes in 32-bit words, low bits first: what the GPTQ layouts are made of.
+
+32 codes fill b words exactly, so every width from 1 to 8 goes through the same 32 shifts; codes may straddle words.
+
+Shapes: R rows, n codes per row, W = ceil(n b / 32) words per row.
+"""
+
+import torch
+from torch import Tensor
+
+
+def word_count(codes: int, bits: int) -> int:
+    """Return the number of 32-bit words that hold a row of codes."""
+    return -(-codes * bits // 32)
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Pack unsigned codes (R, n) of any integer type into int32 words (R, W)."""
+    rows, count = codes.shape
+    chunks = torch.nn.functional.pad(codes, (0, -count % 32)).view(rows, -1, 32)
+    words = torch.zeros(rows, chunks.shape[1], bits, dtype=torch.int64, device=codes.device)
+    for place in range(32):
+        word, shift = divmod(place * bits, 32)
+        value = chunks[..., place].to(torch.int64)
+        words[..., word] |= value << shift
+        if shift + bits > 32:
+            words[..., word + 1] |= value >> (32 - shift)
+    return words.to(torch.int32).flatten(1)[:, : word_count(count, bits)].contiguous()
+
+
+def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
+    """Unpack int32 words (R, W) into uint8 codes (R, count)."""
+    chunks = torch.nn.functional.pad(words, (0, -words.shape[1] % bits)).unflatten(1, (-1, bits))
+    codes = torch.empty(*chunks.shape[:2], 32, dtype=torch.uint8, device=words.device)
+    mask = 2**bits - 1
+    for place in range(32):
+        word, shift = divmod(place * bits, 32)
+        value = chunks[..., word] >> shift  # arithmetic: the mask drops the copies of the sign
+        if shift + bits > 32:
+            value = (value & (2 ** (32 - shift) - 1)) | (chunks[..., word + 1] << (32 - shift))
+        codes[..., place] = (value & mask).to(torch.uint8)
+    return codes.flatten(1)[:, :count]

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place that touches transformers' semi-private loading functions, verified from 5.16 to 5.24.
+
+A model is built on the meta device: names, shapes, no weights. Its parts are then loaded through transformers' own
+converters (renamed keys, experts merged into 3-D parameters), one block at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+from hf_autoround.errors import CheckpointError, UnsupportedLayer
+from hf_autoround.models.checkpoint import Checkpoint, CheckpointFolder, CheckpointInMemory
+from hf_autoround.models.quirks import quirk
+
+
+@dataclass(frozen=True)
+class LazyModel:
+    """A model without weights and the checkpoint that they come from.
+
+    `keys` maps each checkpoint key to the name that it has in memory before experts are merged.
+    """
+
+    model: PreTrainedModel
+    checkpoint: Checkpoint
+    keys: dict[str, str]
+    name: str
+
+    def keys_under(self, prefix: str) -> list[str]:
+        """Return the checkpoint keys of the module at `prefix`."""
+        return [key for key, name in self.keys.items() if name.startswith(f"{prefix}.")]
+
+
+def open_model(model: str | Path | PreTrainedModel, *, trust_remote_code: bool = False) -> LazyModel:
+    """Open a float model: a folder, a Hub id, or a model in memory (which is read, never changed).
+
+    Raises CheckpointError or UnsupportedLayer before any weight is read.
+    """
+    if isinstance(model, PreTrainedModel):
+        tensors = revert_weight_conversion(model, {key: value.detach() for key, value in model.state_dict().items()})
+        if any(tensor.device.type == "meta" for tensor in tensors.values()):
+            raise CheckpointError("the model is partly offloaded; pass the folder or id that it was loaded from instead")
+        config, checkpoint, name = model.config, CheckpointInMemory(tensors), model.name_or_path or type(model).__name__
+        model_class: type | None = type(model)
+    else:
+        folder, name = _find_folder(model), str(model)
+        config = _read_config(folder, trust_remote_code)
+        checkpoint, model_class = CheckpointFolder(folder), None
+    _refuse_model(config, name)
+    skeleton = build_skeleton(config, model_class, trust_remote_code)
+    return LazyModel(skeleton, checkpoint, _names_in_memory(skeleton, checkpoint), name)
+
+
+def build_skeleton(config: PretrainedConfig, model_class: type | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Return the model of a config on the meta device; buffers that no checkpoint holds (rotary tables) are real.
+
+    Experts run one at a time ("eager"): every product can be watched, and the order of sums is fixed.
+    """
+    config = deepcopy(config)
+    config._experts_implementation = "eager"
+    with init_empty_weights(include_buffers=False):
+        if model_class is not None:
+            model = model_class(config)
+        else:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model.eval().requires_grad_(False)
+    model.tie_weights()
+    return model
+
+
+def load_keys(lazy: LazyModel, keys: Iterable[str], device: torch.device, dtype: torch.dtype) -> None:
+    """Load these checkpoint keys into the model, through transformers' converters.
+
+    Raises CheckpointError if a tensor has the wrong shape or cannot be converted.
+    """
+    state_dict = dict(lazy.checkpoint.read(keys))
+    config = LoadStateDictConfig(
+        device_map={"": device},
+        dtype=dtype,
+        weight_mapping=conversions(lazy.model),
+    )
+    with _own_types(lazy.model, dtype), _no_progress_bar():
+        info, _ = convert_and_load_state_dict_in_model(
+            model=lazy.model, state_dict=state_dict, load_config=config, disk_offload_index=None
+        )
+    if info.mismatched_keys or info.conversion_errors:
+        problems = [str(problem) for problem in [*info.mismatched_keys, *info.conversion_errors.values()]]
+        raise CheckpointError(f"{lazy.name} does not fit its own config.json: {'; '.join(problems[:3])}")
+    lazy.model.tie_weights()
+    lazy.model.requires_grad_(False)
+
+
+def evict(module: nn.Module) -> None:
+    """Drop a module's parameters: they go back to the meta device."""
+    for name, _ in list(module.named_parameters()):
+        set_module_tensor_to_device(module, name, "meta")
+
+
+def conversions(model: PreTrainedModel) -> list[WeightRenaming | WeightConverter]:
+    """Return how checkpoint keys become this model's parameters."""
+    return list(get_model_conversion_mapping(model))
+
+
+def _find_folder(model: str | Path) -> Path:
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1:
+        raise CheckpointError(f"there is no folder {model}; give a model folder or a Hub id such as Qwen/Qwen3-0.6B")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{model} is neither a folder nor a model that the Hub gives us ({reason})") from error
+
+
+def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} has no config.json: it is not a transformers checkpoint")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{folder / 'config.json'} cannot be used: {reason}") from error
+
+
+def _refuse_model(config: PretrainedConfig, name: str) -> None:
+    method = getattr(config, "quantization_config", None)
+    if method is not None:
+        kind = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", "")
+        raise CheckpointError(f"{name} is already quantized ({getattr(kind, 'value', kind)}); start from its float checkpoint")
+    reason = quirk(config.model_type).refuse
+    if reason:
+        raise UnsupportedLayer(f"{name} is a {config.model_type} model, which cannot be quantized: {reason}")
+
+
+def _names_in_memory(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """Map checkpoint keys to names in memory: renamed, the base model's prefix added or dropped, experts not merged."""
+    mapping = conversions(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    prefix, tensors = model.base_model_prefix, model.state_dict()
+    names = {}
+    for key in checkpoint.entries:
+        merged, pattern = rename_source_key(key, renamings, converters, prefix, tensors)
+        plain, _ = rename_source_key(key, renamings, [], prefix, tensors)
+        if pattern is not None:  # an expert's name is in no state dict: give it the prefix that its merged name got
+            if merged.startswith(f"{prefix}.") and not plain.startswith(f"{prefix}."):
+                plain = f"{prefix}.{plain}"
+            elif plain.startswith(f"{prefix}.") and not merged.startswith(f"{prefix}."):
+                plain = plain.removeprefix(f"{prefix}.")
+        names[key] = plain
+    return names
+
+
+@contextmanager
+def _own_types(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """Let the loader cast to `dtype`: it casts to the type of the parameter that it replaces."""
+    for parameter in model.parameters():
+        if parameter.device.type == "meta" and parameter.is_floating_point() and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+    yield
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Hide transformers' "Loading weights" bar: there would be one for every block."""
+    active = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if active:
+            logging.enable_progress_bar()

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cut weights into the groups that share a scale, and put them together again.
+
+Shapes: ... leading dimensions, O rows (outputs), I columns (inputs), G groups per row, S columns per group.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_autoround.scheme import Granularity, PerChannel
+
+
+def group_columns(columns: int, granularity: Granularity) -> int:
+    """Return S for rows of `columns` inputs: a group is never longer than its row."""
+    return columns if isinstance(granularity, PerChannel) else min(granularity.size, columns)
+
+
+def group_count(columns: int, granularity: Granularity) -> int:
+    """Return G, the last, shorter group included."""
+    return -(-columns // group_columns(columns, granularity))
+
+
+def group(weight: Tensor, granularity: Granularity) -> Tensor:
+    """Split each row into groups that share a scale, padding the last one with zeros.
+
+    (..., O, I) -> (..., O, G, S). A range always includes 0, so the padding never widens it.
+    """
+    size = group_columns(weight.shape[-1], granularity)
+    short = -weight.shape[-1] % size
+    return (F.pad(weight, (0, short)) if short else weight).unflatten(-1, (-1, size))
+
+
+def ungroup(groups: Tensor, columns: int) -> Tensor:
+    """Undo `group`: (..., O, G, S) -> (..., O, I), the padding cut off."""
+    return groups.flatten(-2)[..., :columns]

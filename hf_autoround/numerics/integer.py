@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Symmetric and asymmetric integers of 2 to 8 bits.
+
+The symmetric grid uses all 2^b codes, -2^(b-1) to 2^(b-1) - 1: the scale's sign is chosen so that the largest |w| falls
+on -2^(b-1), which has no positive twin. The asymmetric grid is 0 to 2^b - 1 with an integer zero point.
+The formulas are those of SignRound (https://arxiv.org/abs/2309.05516) and of the formats its checkpoints use.
+
+Shapes: ... leading dimensions, G groups per row, S elements per group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_autoround.numerics.quantized import QuantizedTensor
+from hf_autoround.numerics.rounding import round_to_float16
+from hf_autoround.numerics.search import best_of_grid
+from hf_autoround.numerics.tunables import Tunables, learned
+from hf_autoround.scheme import TensorSpec
+
+SMALLEST_SCALE = 1e-5  # a group of zeros still needs a scale that float16 can hold
+
+
+@dataclass(frozen=True)
+class IntegerTunables(Tunables):
+    """`rounding` (..., G, S) is added before rounding, in steps of the grid; `scale` (..., G, 1) multiplies `start`.
+
+    `start` (..., G, 1) is the signed scale that the range or the search gave, `zero_point` (..., G, 1) whole numbers or
+    None for symmetric grids; neither is learned.
+    """
+
+    start: Tensor
+    zero_point: Tensor | None
+    rounding: Tensor = learned("rounding")
+    scale: Tensor = learned("range")
+
+    def clamp_(self) -> None:
+        """Keep the scale's multiplier between 0 and 2; rounding may carry a weight past its neighbours."""
+        self.scale.clamp_(0.0, 2.0)
+
+
+class Integer:
+    """The data type `int`."""
+
+    name = "int"
+
+    def refuse(self, spec: TensorSpec) -> str | None:
+        """Return why these bits cannot be had, or None."""
+        return None if 2 <= spec.bits <= 8 else f"it has 2 to 8 bits, not {spec.bits}"
+
+    def neutral(self, groups: Tensor, spec: TensorSpec) -> IntegerTunables:
+        """Return the tunables of round to nearest: the scale covers the range of each group (..., G, S)."""
+        low = groups.amin(-1, keepdim=True).clamp(max=0)
+        high = groups.amax(-1, keepdim=True).clamp(min=0)
+        if spec.symmetric:
+            start = torch.where(high < -low, -low, -high) / 2 ** (spec.bits - 1)
+            return _tunables(groups, start, None)
+        levels = 2**spec.bits - 1
+        start = (high - low) / levels
+        zero_point = (-low / effective_scale(start)).round().clamp(0, levels)
+        return _tunables(groups, start, zero_point)
+
+    def search(self, groups: Tensor, spec: TensorSpec, importance: Tensor | None) -> IntegerTunables:
+        """Return the tunables with the scale (and zero point) of least weighted squared error.
+
+        `importance` (..., G, S), or broadcastable, weighs each element's error; None weighs all alike.
+        """
+        neutral = self.neutral(groups, spec)
+        low, high = grid(spec)
+        start, zero_point = best_of_grid(
+            groups, effective_scale(neutral.start), neutral.zero_point, low, high, importance, effective_scale
+        )
+        return _tunables(groups, start, zero_point)
+
+    def quantize(
+        self, groups: Tensor, spec: TensorSpec, tunables: IntegerTunables, shared: Mapping[str, Any] | None = None
+    ) -> QuantizedTensor:
+        """Return the grid values of `groups` (..., G, S) under `tunables`, differentiable in what is learned.
+
+        Integers have nothing to share between layers: `shared` is ignored.
+        """
+        # float16, as every int4 kernel reads it: rounding the scale *before* dividing makes the trained codes and the
+        # kernel's arithmetic agree to the last bit.
+        scale = effective_scale(tunables.start * tunables.scale)
+        low, high = grid(spec)
+        elements = _ToGrid.apply(groups, scale, tunables.rounding, tunables.zero_point, low, high)
+        return QuantizedTensor(elements, scale, tunables.zero_point)
+
+    def freeze(self, quantized: QuantizedTensor, spec: TensorSpec) -> QuantizedTensor:
+        """Return what ships: 8-bit codes (signed when symmetric), float16 scales."""
+        return quantized.frozen(torch.int8 if spec.symmetric else torch.uint8, torch.float16)
+
+
+def grid(spec: TensorSpec) -> tuple[int, int]:
+    """Return the smallest and the largest code."""
+    half = 2 ** (spec.bits - 1)
+    return (-half, half - 1) if spec.symmetric else (0, 2 * half - 1)
+
+
+def effective_scale(scale: Tensor) -> Tensor:
+    """Return the scale as it is stored: rounded to float16, no nearer to zero than SMALLEST_SCALE; float32, signed."""
+    rounded = round_to_float16(scale)
+    floor = torch.where(rounded < 0, -SMALLEST_SCALE, SMALLEST_SCALE)
+    return torch.where(rounded.abs() < SMALLEST_SCALE, round_to_float16(floor), rounded)
+
+
+def _tunables(groups: Tensor, start: Tensor, zero_point: Tensor | None) -> IntegerTunables:
+    return IntegerTunables(start, zero_point, rounding=torch.zeros_like(groups), scale=torch.ones_like(start))
+
+
+class _ToGrid(torch.autograd.Function):
+    """clamp(round(w / s + v) + z) with the gradient passed straight through the rounding.
+
+    Written by hand because autograd would keep four tensors of the weight's size where two do: the step is bound by
+    memory traffic.
+    """
+
+    @staticmethod
+    def forward(ctx, groups, scale, rounding, zero_point, low, high):  # noqa: ANN001, ANN205
+        codes = torch.div(groups, scale).add_(rounding).round_()
+        if zero_point is not None:
+            codes.add_(zero_point)
+        inside = (codes >= low) & (codes <= high)
+        ctx.save_for_backward(groups, scale, inside)
+        return codes.clamp_(low, high)
+
+    @staticmethod
+    def backward(ctx, gradient):  # noqa: ANN001, ANN205
+        groups, scale, inside = ctx.saved_tensors
+        for_rounding = gradient * inside
+        for_scale = None
+        if ctx.needs_input_grad[1]:
+            for_scale = (for_rounding * groups).sum(-1, keepdim=True).neg_().div_(scale * scale)
+        return None, for_scale, for_rounding, None, None, None

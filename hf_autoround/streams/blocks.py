@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order of events when blocks are quantized one after the other.
+
+For each block: load it, compute the float model's outputs (targets), let the algorithm decide its numbers on the inputs
+that the already quantized blocks produce, store them in the journal, go on with the quantized block's outputs, drop it.
+A block that the journal already has is only run, not decided again.
+
+Shapes: N samples, T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hf_autoround.errors import CalibrationError, CheckpointError
+from hf_autoround.layers.fake_quantized_block import InputStatistics, watch_inputs
+from hf_autoround.layers.sites import oriented
+from hf_autoround.models.blocks import ModelParts
+from hf_autoround.models.loading import LazyModel, evict, load_keys
+from hf_autoround.models.memory import release_memory
+from hf_autoround.models.placement import Placement
+from hf_autoround.models.walk import BlockArguments, BlockRunner, capture, finish
+from hf_autoround.planning.plan import QuantPlan
+from hf_autoround.streams.journal import Journal
+from hf_autoround.streams.shards import refuse_not_finite
+from hf_autoround.tuning import BlockAlgorithm, BlockResult, BlockTask, TunableWeight, TuningSettings
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """How the blocks are walked: `nblocks` at a time, on which devices, in which precision.
+
+    `quantized_inputs`: each block is decided on what the quantized blocks before it produce. `keep_on_cpu`: activations
+    wait in host memory. `amp`: matrix products in bfloat16 where the hardware has it.
+    """
+
+    nblocks: int = 1
+    seed: int = 42
+    placement: Placement = Placement(torch.device("cpu"))
+    quantized_inputs: bool = True
+    keep_on_cpu: bool = False
+    amp: bool = True
+
+
+class StreamEvents(Protocol):
+    """What the stream tells whoever watches."""
+
+    def block_begins(self, place: int, unit: str, names: tuple[str, ...]) -> None: ...
+    def step_ends(self, place: int, step: int, loss: float, lr: float) -> bool: ...
+    def block_decided(self, place: int, unit: str, names: tuple[str, ...], result: BlockResult, rows: Any) -> dict[str, Any]: ...
+    def block_ends(self, place: int, unit: str, record: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Consecutive blocks that are quantized together (or the head): the key of the journal, and their names."""
+
+    key: str
+    names: tuple[str, ...]
+
+
+def units(parts: ModelParts, plan: QuantPlan, nblocks: int) -> list[Unit]:
+    """Return what is quantized together, in order; the head comes last if the plan has it."""
+    names = parts.block_names
+    cuts = range(0, len(names), nblocks)
+    result = [Unit(f"block-{start:05d}", names[start : start + nblocks]) for start in cuts]
+    if parts.head is not None and parts.head in plan.schemes:
+        result.append(Unit("head", (parts.head,)))
+    return result
+
+
+def stream_blocks(
+    lazy: LazyModel,
+    parts: ModelParts,
+    plan: QuantPlan,
+    tokens: Tensor,
+    algorithm: BlockAlgorithm,
+    tuning: TuningSettings,
+    settings: StreamSettings,
+    journal: Journal,
+    events: StreamEvents,
+) -> None:
+    """Bring every block of the model into the journal. `tokens` (N, T) are the calibration samples.
+
+    Raises CheckpointError or CalibrationError naming the layer whose weights or outputs are not finite.
+    """
+    all_units = units(parts, plan, settings.nblocks)
+    if all(journal.has(unit.key) for unit in all_units):
+        for place, unit in enumerate(all_units):
+            events.block_ends(place, unit.key, journal.record(unit.key))
+        return
+    walk = _Walk(lazy, parts, plan, tokens, tuning, settings)
+    walk.begin()
+    for place, unit in enumerate(all_units):
+        finished = journal.has(unit.key)
+        events.block_begins(place, unit.key, unit.names)
+        with walk.resident(unit) as runner:
+            statistics = walk.advance_float(runner, watch=not finished)
+            if finished:
+                result = journal.get(unit.key, walk.schemes)
+                record = journal.record(unit.key)
+            else:
+                task = walk.task(place, unit, runner, statistics)
+                result = algorithm(task, tuning, lambda step, loss, lr: events.step_ends(place, step, loss, lr))  # noqa: B023
+                record = events.block_decided(place, unit.key, unit.names, result, statistics.rows)
+                journal.put(unit.key, result, record)
+            if place + 1 < len(all_units):
+                walk.advance_quantized(runner, result)
+        events.block_ends(place, unit.key, record)
+
+
+class _Walk:
+    """The two chains of activations, float and quantized, as they pass through the blocks."""
+
+    def __init__(
+        self, lazy: LazyModel, parts: ModelParts, plan: QuantPlan, tokens: Tensor, tuning: TuningSettings, settings: StreamSettings
+    ) -> None:
+        self.lazy, self.parts, self.plan, self.tokens = lazy, parts, plan, tokens
+        self.tuning, self.settings = tuning, settings
+        self.device = settings.placement.main
+        self.parameters = plan.parameters()
+        self.schemes = {name: scheme for name, (scheme, _) in self.parameters.items()}
+        stored = lazy.checkpoint.entries[lazy.keys_under(parts.block_names[0])[0]].dtype
+        self.dtype, self.autocast = compute_types(stored, self.device, settings.amp)
+        self.blocks = [lazy.model.get_submodule(name) for name in parts.block_names]
+
+    def begin(self) -> None:
+        """Capture the inputs of the first block."""
+        outside = self._load_outside()
+        captured = capture(self.lazy.model, self.blocks, self.tokens, self.device)
+        self._evict(outside)
+        self.arguments = dict(zip(self.parts.block_names, captured.arguments, strict=True))
+        kept = torch.device("cpu") if self.settings.keep_on_cpu else self.device
+        self.float_inputs = self.inputs = captured.hidden.to(kept)
+
+    def resident(self, unit: Unit) -> _Resident:
+        """Load a unit for the duration of a `with`, and give the runner for it."""
+        return _Resident(self, unit)
+
+    def runner(self, unit: Unit) -> BlockRunner:
+        """Return the function that runs a unit; the head's inputs are the finished hidden states."""
+        blocks = tuple(self.lazy.model.get_submodule(name) for name in unit.names)
+        if unit.key == "head":
+            outside = self._load_outside()
+            self.float_inputs, self.inputs = (
+                finish(self.lazy.model, self.blocks, self.tokens, hidden, self.device) for hidden in (self.float_inputs, self.inputs)
+            )
+            self._evict(outside)
+            return BlockRunner(unit.names, blocks, (BlockArguments.none(),), self.device, self.autocast)
+        return BlockRunner(unit.names, blocks, tuple(self.arguments[name] for name in unit.names), self.device, self.autocast)
+
+    def advance_float(self, runner: BlockRunner, watch: bool) -> InputStatistics:
+        """Compute the float outputs, and what the weights see on the quantized chain."""
+        statistics = InputStatistics()
+        weights = {name: (tensor, transposed) for name, tensor, transposed in self._weights(runner)}
+        same = self.inputs is self.float_inputs
+        batch = self.tuning.batch_size
+        self.targets: Tensor | None = None
+        if runner.names == (self.parts.head,):  # its outputs are as wide as the vocabulary: computed when they are needed
+            if watch:
+                with watch_inputs(weights, statistics):
+                    for indices in torch.arange(len(self.inputs)).split(batch):
+                        runner(self.inputs[indices], indices, {})
+            return statistics
+        with watch_inputs(weights if watch and same else {}, statistics):
+            self.targets = runner.all(self.float_inputs, {}, batch)
+        if not torch.isfinite(self.targets).all():
+            raise CalibrationError(
+                f"the float model's outputs of {runner.names[-1]} hold NaN or infinity; "
+                "its weights are damaged, or its precision overflows: try model_dtype float32"
+            )
+        if watch and not same:
+            with watch_inputs(weights, statistics):
+                runner.all(self.inputs, {}, batch)
+        if not same and self.settings.quantized_inputs:
+            self.float_inputs = self.targets  # not needed any more: give the memory back
+        return statistics
+
+    def task(self, place: int, unit: Unit, runner: BlockRunner, statistics: InputStatistics) -> BlockTask:
+        """Return what the algorithm needs of a resident unit."""
+        inputs, float_inputs, targets = self.inputs, self.float_inputs, self.targets
+
+        def target(indices: Tensor) -> Tensor:
+            if targets is not None:
+                return targets[indices].to(self.device)
+            with torch.no_grad():
+                return runner(float_inputs[indices], indices, {})
+
+        weights = {
+            name: TunableWeight(tensor, transposed, self.schemes[name]) for name, tensor, transposed in self._weights(runner)
+        }
+        return BlockTask(
+            name=unit.key,
+            seed=self.settings.seed * 1_000_003 + place,
+            samples=len(self.tokens),
+            weights=weights,
+            norms=self._norms(runner, weights),
+            importance={name: squares.to(weights[name].parameter.device) for name, squares in statistics.squares.items()},
+            run=lambda indices, replaced: runner(inputs[indices], indices, replaced),
+            target=target,
+        )
+
+    @torch.no_grad()
+    def advance_quantized(self, runner: BlockRunner, result: BlockResult) -> None:
+        """Move both chains behind the block."""
+        assert self.targets is not None
+        if self.settings.quantized_inputs:
+            weights = {name: tensor.to(self.device) for name, tensor in result.tuned.items()}
+            for name, tensor, transposed in self._weights(runner):
+                weights[name] = oriented(result.layers[name].weight(), transposed).to(tensor)
+            self.inputs = runner.all(self.inputs, weights, self.tuning.batch_size)
+            self.float_inputs = self.targets
+        else:
+            self.inputs = self.float_inputs = self.targets
+
+    def _weights(self, runner: BlockRunner) -> Iterator[tuple[str, Tensor, bool]]:
+        for name, (_, site) in self.parameters.items():
+            if name.startswith(tuple(f"{block}." for block in runner.names)):
+                yield name, self.lazy.model.get_parameter(name).detach(), site.transposed
+
+    def _norms(self, runner: BlockRunner, weights: Mapping[str, TunableWeight]) -> dict[str, Tensor]:
+        """Return the 1-D parameters of norms, and the biases of layers that are quantized."""
+        found = {}
+        for block_name, block in zip(runner.names, runner.blocks, strict=True):
+            for name, module in block.named_modules(prefix=block_name):
+                is_norm = type(module).__name__.endswith("Norm")
+                for leaf, parameter in module.named_parameters(prefix=name, recurse=False):
+                    if parameter.ndim == 1 and (is_norm or (leaf.endswith(".bias") and f"{name}.weight" in weights)):
+                        found[leaf] = parameter.detach()
+        return found
+
+    def _load_outside(self) -> list[nn.Module]:
+        """Load what lies outside of the blocks and the head."""
+        inside = tuple(f"{name}." for name in (*self.parts.block_names, *([self.parts.head] if self.parts.head else [])))
+        keys = [key for key, name in self.lazy.keys.items() if not name.startswith(inside)]
+        load_keys(self.lazy, keys, self.device, self.dtype)
+        return [self.lazy.model]
+
+    def _evict(self, modules: list[nn.Module]) -> None:
+        for module in modules:
+            evict(module)
+        self.lazy.model.tie_weights()
+        release_memory()
+
+
+class _Resident:
+    def __init__(self, walk: _Walk, unit: Unit) -> None:
+        self.walk, self.unit = walk, unit
+
+    def __enter__(self) -> BlockRunner:
+        walk, lazy = self.walk, self.walk.lazy
+        runner = walk.runner(self.unit)
+        for name, block in zip(runner.names, runner.blocks, strict=True):
+            load_keys(lazy, lazy.keys_under(name), walk.device, walk.dtype)
+            for parameter, tensor in block.named_parameters(prefix=name):
+                if tensor.device.type == "meta":
+                    raise CheckpointError(f"{lazy.name} holds no tensor for {parameter}")
+                refuse_not_finite(parameter, tensor)
+            walk.settings.placement.spread(name, block)
+        self.blocks = runner.blocks
+        return runner
+
+    def __exit__(self, *error: object) -> None:
+        for block in self.blocks:
+            self.walk.settings.placement.gather(block)
+            evict(block)
+        release_memory()
+
+
+def compute_types(stored: torch.dtype, device: torch.device, amp: bool) -> tuple[torch.dtype, torch.dtype | None]:
+    """Return the dtype to load blocks in, and the one to autocast matrix products to (None: no autocast).
+
+    bfloat16 models are computed as they are, where the hardware multiplies bfloat16; everything else is loaded in float32
+    (float16 activations overflow) with products in bfloat16.
+    """
+    fast = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if not amp or not fast:
+        return torch.float32, None
+    return (torch.bfloat16, None) if stored == torch.bfloat16 else (torch.float32, torch.bfloat16)

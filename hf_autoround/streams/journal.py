@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The journal: every finished block, on disk, as plain codes and scales.
+
+A run that was killed goes on from here, and every checkpoint is written from here, so resuming exists once and not once
+per format. Blocks appear under their names only when they are whole. Activations are not kept: a resumed run computes
+them again from the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hf_autoround.errors import OutputError, ResumeError
+from hf_autoround.layers.sites import QuantizedLayer
+from hf_autoround.numerics import QuantizedTensor
+from hf_autoround.scheme import Scheme
+from hf_autoround.tuning import BlockResult
+
+FOLDER = ".autoround-journal"
+
+
+class Journal:
+    """The finished blocks of one run, in a folder; `signature` says what the run was started with."""
+
+    def __init__(self, folder: Path, signature: Mapping[str, Any]) -> None:
+        self.folder, self.signature = folder, dict(signature)
+
+    def start(self, resume: bool) -> None:
+        """Begin, or go on with what is there.
+
+        Raises ResumeError naming each argument that differs from the unfinished run's.
+        """
+        manifest = self.folder / "manifest.json"
+        if manifest.exists():
+            before = json.loads(manifest.read_text())
+            now = json.loads(json.dumps(self.signature))
+            if not resume:
+                raise OutputError(
+                    f"{self.folder.parent} holds an unfinished run; go on with it (--resume, resume_from_checkpoint=True) "
+                    f"or remove {self.folder}"
+                )
+            differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+            if differing:
+                what = "; ".join(f"{key} was {_short(before.get(key))} and is {_short(now.get(key))}" for key in differing)
+                raise ResumeError(f"cannot resume {self.folder.parent}: {what}. Use the same arguments, or another folder")
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(manifest, json.dumps(self.signature, indent=1, sort_keys=True).encode())
+
+    def has(self, unit: str) -> bool:
+        """Say whether a block is finished."""
+        return self._path(unit).exists()
+
+    def put(self, unit: str, result: BlockResult, record: Mapping[str, Any]) -> None:
+        """Store a finished block with a record for the log."""
+        tensors: dict[str, Tensor] = {}
+        for name, layer in result.layers.items():
+            assert isinstance(layer.tensor.scale, Tensor)
+            tensors[f"{name}:elements"] = layer.tensor.elements
+            tensors[f"{name}:scale"] = layer.tensor.scale
+            if layer.tensor.zero_point is not None:
+                tensors[f"{name}:zero_point"] = layer.tensor.zero_point
+        tensors |= {f"{name}:tuned": tensor for name, tensor in result.tuned.items()}
+        columns = {name: layer.columns for name, layer in result.layers.items()}
+        losses = {"loss_first": result.loss_first, "loss_best": result.loss_best, "best_step": result.best_step}
+        metadata = {"columns": json.dumps(columns), "losses": json.dumps(losses), "record": json.dumps(dict(record))}
+        partial = self._path(unit).with_suffix(".partial")
+        try:
+            save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, partial, metadata)
+        except (SafetensorError, OSError) as error:
+            raise OutputError(f"cannot write {partial}: {error}; what is finished is kept: make room and resume") from error
+        _flush(partial)
+        os.replace(partial, self._path(unit))
+
+    def get(self, unit: str, schemes: Mapping[str, Scheme]) -> BlockResult:
+        """Return a finished block; `schemes` are those of its parameters."""
+        with safe_open(self._path(unit), framework="pt") as handle:
+            metadata = handle.metadata()
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+        layers = {
+            name: QuantizedLayer(
+                QuantizedTensor(tensors[f"{name}:elements"], tensors[f"{name}:scale"], tensors.get(f"{name}:zero_point")),
+                columns,
+                schemes[name],
+            )
+            for name, columns in json.loads(metadata["columns"]).items()
+        }
+        tuned = {key.removesuffix(":tuned"): tensor for key, tensor in tensors.items() if key.endswith(":tuned")}
+        return BlockResult(layers, tuned, **json.loads(metadata["losses"]))
+
+    def record(self, unit: str) -> dict[str, Any]:
+        """Return the record that a finished block was stored with."""
+        with safe_open(self._path(unit), framework="pt") as handle:
+            return json.loads(handle.metadata()["record"])
+
+    def remove(self) -> None:
+        """Take the journal away; after a kill in between, what is left is no journal any more."""
+        gone = self.folder.with_name(f"{self.folder.name}.done")
+        os.replace(self.folder, gone)
+        shutil.rmtree(gone)
+
+    def _path(self, unit: str) -> Path:
+        return self.folder / f"{unit}.safetensors"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a small file so that it is either absent, old or whole.
+
+    Raises OutputError if it cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        _flush(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

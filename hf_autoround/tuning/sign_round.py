@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SignRound: rounding and scales tuned by the sign of their gradient, block by block (https://arxiv.org/abs/2309.05516).
+
+The start is optimized round to nearest. Two choices differ from the paper's code: the best step is chosen on a fixed set
+of samples, the start among the candidates, so tuning never ends worse than it began on what it measures; and the norm
+weights may move too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from hf_autoround.numerics import Tunables
+from hf_autoround.tuning.opt_rtn import searched
+from hf_autoround.tuning.task import BlockResult, BlockTask, OnStep, TunableWeight, TuningSettings
+
+
+def sign_round(task: BlockTask, settings: TuningSettings, on_step: OnStep) -> BlockResult:
+    """Tune one block; `on_step` may stop it early."""
+    assert task.run is not None and task.target is not None
+    state = _State(task, settings)
+    selection = _spread(task.samples, settings.selection_samples)
+    first = best = _error(task, state.replacements(), selection, settings.batch_size)
+    kept, best_step = state.snapshot(), 0
+    batches = _batches(task, settings)
+    for step in range(settings.iters):
+        rate = 1 - step / settings.iters
+        loss = state.step(next(batches), rate)
+        stop = on_step(step, loss, rate * state.lr)
+        last = stop or step + 1 == settings.iters
+        if last or (step + 1) % settings.selection_every == 0:
+            error = _error(task, state.replacements(), selection, settings.batch_size)
+            if error < best:  # false for NaN
+                best, best_step, kept = error, step + 1, state.snapshot()
+        if stop:
+            break
+    tunables, tuned = kept
+    layers = {name: weight.finished(tunables[name]) for name, weight in task.weights.items()}
+    return BlockResult(layers, tuned, first, best, best_step)
+
+
+class _State:
+    """The learned tensors of a block and the two optimizers that move them."""
+
+    def __init__(self, task: BlockTask, settings: TuningSettings) -> None:
+        self.task, self.settings = task, settings
+        self.groups = {name: weight.groups() for name, weight in task.weights.items()}
+        self.tunables: dict[str, Tunables] = {}
+        self.lr = settings.lr if settings.lr is not None else 1 / settings.iters
+        range_lr = settings.minmax_lr if settings.minmax_lr is not None else self.lr
+        by_rate: dict[str, list[Tensor]] = {"rounding": [], "range": []}
+        for name, weight in task.weights.items():
+            start = searched(weight, task.importance.get(name))
+            rates = start.rates()
+            for part, tensor in start.learned().items():
+                if rates[part] == "rounding" or settings.enable_minmax_tuning:
+                    by_rate[rates[part]].append(tensor.requires_grad_())
+            self.tunables[name] = start
+        self.norms = {}
+        if settings.enable_norm_bias_tuning:
+            self.norms = {name: norm.detach().float().clone().requires_grad_() for name, norm in task.norms.items()}
+        groups = [
+            {"params": tensors, "lr": lr}
+            for tensors, lr in ((by_rate["rounding"], self.lr), (by_rate["range"], range_lr))
+            if tensors
+        ]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Adam(groups, betas=(0.9, 0.95)) if settings.enable_adam else SignSGD(groups, settings.momentum)
+        ]
+        if self.norms:
+            self.optimizers.append(torch.optim.Adam([{"params": list(self.norms.values()), "lr": settings.norm_lr}]))
+        self.initial = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+
+    def replacements(self) -> dict[str, Tensor]:
+        """Return the weights that the block runs on at this point, in its own dtype and differentiable."""
+        weights = {
+            name: weight.fake_quantized(self.groups[name], self.tunables[name]).to(weight.parameter.dtype)
+            for name, weight in self.task.weights.items()
+        }
+        return weights | {name: norm.to(self.task.norms[name].dtype) for name, norm in self.norms.items()}
+
+    def step(self, micro_batches: list[Tensor], rate: float) -> float:
+        """Do one step on these samples at `rate` (1 to 0) of the learning rates; return the loss before it."""
+        weights = self.replacements()
+        # Leaves between weights and block: the block's backward runs once per micro-batch, the quantizer's once per step.
+        leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+        total, count = 0.0, sum(len(indices) for indices in micro_batches)
+        for indices in micro_batches:
+            output = self.task.run(indices, leaves)  # type: ignore[misc]
+            loss = torch.nn.functional.mse_loss(output.float(), self.task.target(indices).float())  # type: ignore[misc]
+            (loss * (len(indices) / count)).backward()
+            total += loss.item() * len(indices) / count
+        pairs = [(weights[name], leaf.grad) for name, leaf in leaves.items() if leaf.grad is not None]
+        torch.autograd.backward([weight for weight, _ in pairs], [gradient for _, gradient in pairs])
+        for optimizer, initial in zip(self.optimizers, self.initial, strict=True):
+            for group, lr in zip(optimizer.param_groups, initial, strict=True):
+                group["lr"] = lr * rate
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            for tunables in self.tunables.values():
+                tunables.clamp_()
+        return total
+
+    def snapshot(self) -> tuple[dict[str, Tunables], dict[str, Tensor]]:
+        """Return copies of what is learned: tunables, and norms in the model's dtype."""
+        tunables = {
+            name: tunables.with_learned({part: tensor.detach().clone() for part, tensor in tunables.learned().items()})
+            for name, tunables in self.tunables.items()
+        }
+        return tunables, {name: norm.detach().to(self.task.norms[name].dtype).clone() for name, norm in self.norms.items()}
+
+
+class SignSGD(torch.optim.Optimizer):
+    """p <- p - lr * sign(g), g smoothed by momentum (https://arxiv.org/abs/1802.04434)."""
+
+    def __init__(self, params: list[dict], momentum: float = 0.0) -> None:
+        super().__init__(params, {"lr": 0.0, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # noqa: D102
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                if gradient is None:
+                    continue
+                if group["momentum"]:
+                    smooth = self.state[parameter].setdefault("momentum", torch.zeros_like(gradient))
+                    gradient = smooth.mul_(group["momentum"]).add_(gradient)
+                parameter.sub_(gradient.sign(), alpha=group["lr"])
+
+
+@torch.no_grad()
+def _error(task: BlockTask, weights: Mapping[str, Tensor], indices: Tensor, batch_size: int) -> float:
+    """Return the mean squared error of the block's output on samples `indices`."""
+    total = 0.0
+    for batch in indices.split(batch_size):
+        output = task.run(batch, weights)  # type: ignore[misc]
+        total += torch.nn.functional.mse_loss(output.float(), task.target(batch).float()).item() * len(batch)  # type: ignore[misc]
+    return total / len(indices)
+
+
+def _spread(samples: int, count: int) -> Tensor:
+    """Return `count` sample indices spread evenly over all."""
+    count = min(count, samples)
+    return torch.arange(count) * samples // count
+
+
+def _batches(task: BlockTask, settings: TuningSettings) -> Iterator[list[Tensor]]:
+    """Yield the micro-batches of each step for ever: shuffled passes over the samples, a function of the task's seed."""
+    generator = torch.Generator().manual_seed(task.seed)
+    size = min(task.samples, settings.batch_size * settings.gradient_accumulate_steps)
+    micro = max(1, min(settings.batch_size, size))
+    while True:
+        order = torch.randperm(task.samples, generator=generator)
+        for start in range(0, task.samples - size + 1, size):
+            yield list(order[start : start + size].split(micro))

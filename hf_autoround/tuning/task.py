@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an algorithm is given of a block, and what it returns.
+
+It sees functions and tensors: neither the model, nor files, nor other blocks.
+
+Shapes: N samples, B samples of a batch, E experts, O out features, I in features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from hf_autoround.layers.sites import QuantizedLayer, oriented
+from hf_autoround.numerics import DataType, Tunables, data_type, dequantize
+from hf_autoround.numerics.grouping import group, ungroup
+from hf_autoround.scheme import Scheme, TensorSpec
+
+
+@dataclass(frozen=True)
+class TunableWeight:
+    """One parameter to quantize: its float values (as stored), whether they lie (I, O), and its scheme.
+
+    `rows` (E,) counts the calibration tokens that each expert saw; None for an ordinary weight.
+    """
+
+    parameter: Tensor
+    transposed: bool
+    scheme: Scheme
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The numbers of the scheme."""
+        assert self.scheme.weight is not None
+        return self.scheme.weight
+
+    @property
+    def data_type(self) -> DataType:
+        """The data type of the scheme."""
+        return data_type(self.spec)
+
+    def groups(self) -> Tensor:
+        """Return the float32 values in groups, ([E,] O, G, S)."""
+        return group(oriented(self.parameter, self.transposed).float(), self.spec.granularity)
+
+    def fake_quantized(self, groups: Tensor, tunables: Tunables) -> Tensor:
+        """Return the weight after quantization, float32 and stored like the parameter; differentiable."""
+        values = dequantize(self.data_type.quantize(groups, self.spec, tunables))
+        columns = self.parameter.shape[-2 if self.transposed else -1]
+        return oriented(ungroup(values, columns), self.transposed)
+
+    def finished(self, tunables: Tunables) -> QuantizedLayer:
+        """Return what ships under these tunables."""
+        quantized = self.data_type.quantize(self.groups(), self.spec, tunables)
+        columns = self.parameter.shape[-2 if self.transposed else -1]
+        return QuantizedLayer(self.data_type.freeze(quantized, self.spec), columns, self.scheme)
+
+
+@dataclass(frozen=True)
+class BlockTask:
+    """One block (or several at a time) to quantize.
+
+    `run(indices, weights)` computes the block's outputs from the *quantized* chain's inputs of the samples `indices` (B,),
+    with `weights` in place of its own; `target(indices)` are the float model's outputs. `norms` are the 1-D parameters
+    that may be tuned besides. `importance` holds sums of squared inputs, ([E,] 1, I).
+    """
+
+    name: str
+    seed: int
+    samples: int
+    weights: Mapping[str, TunableWeight]
+    norms: Mapping[str, Tensor] = field(default_factory=dict)
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
+    run: Callable[[Tensor, Mapping[str, Tensor]], Tensor] | None = None
+    target: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """What became of a block: quantized parameters, float tensors that were tuned, and how its error fell."""
+
+    layers: dict[str, QuantizedLayer]
+    tuned: dict[str, Tensor] = field(default_factory=dict)
+    loss_first: float | None = None
+    loss_best: float | None = None
+    best_step: int | None = None
+
+
+@dataclass(frozen=True)
+class TuningSettings:
+    """How tuning goes. Rates are per step and fall linearly to zero; None means 1 / iters."""
+
+    iters: int = 200
+    batch_size: int = 8
+    gradient_accumulate_steps: int = 1
+    lr: float | None = None
+    minmax_lr: float | None = None
+    norm_lr: float = 1e-3
+    momentum: float = 0.0
+    enable_adam: bool = False
+    enable_minmax_tuning: bool = True
+    enable_norm_bias_tuning: bool = False
+    selection_samples: int = 32
+    selection_every: int = 10
+
+
+OnStep = Callable[[int, float, float], bool]  # (step, loss of the batch, learning rate) -> stop?
+
+
+class BlockAlgorithm(Protocol):
+    """Decides the numbers of one block."""
+
+    def __call__(self, task: BlockTask, settings: TuningSettings, on_step: OnStep) -> BlockResult: ...
