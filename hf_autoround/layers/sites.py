@@ -25,7 +25,7 @@ class WeightSite:
 
     `name` is the module's name in memory and, with `.weight`, in a checkpoint. `parameter` is the parameter's full name;
     `expert` and `rows` (first, last + 1) say which part of a fused parameter it is. `transposed` parameters hold (I, O).
-    `shape` is (O, I) of the site alone.
+    `shape` is (O, I) of the site alone. `fused_on_disk`: the checkpoint too holds all experts in one tensor.
     """
 
     name: str
@@ -34,6 +34,7 @@ class WeightSite:
     expert: int | None = None
     rows: tuple[int, int] | None = None
     transposed: bool = False
+    fused_on_disk: bool = False
 
     def part(self, oriented: Tensor) -> Tensor:
         """Return this site's part of a tensor whose leading dimensions are the parameter's ([E,] O, ...)."""

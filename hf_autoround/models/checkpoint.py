@@ -135,6 +135,11 @@ class CheckpointInMemory:
         return digest.hexdigest()
 
 
+def stored_names(files: Iterable[str | Path]) -> set[str]:
+    """Return the names of all tensors in some safetensors files; other files are passed over."""
+    return {name for file in files if str(file).endswith(".safetensors") for name in _read_header(Path(file))}
+
+
 def _read_entries(folder: Path) -> dict[str, TensorEntry]:
     index = folder / "model.safetensors.index.json"
     if index.exists():

@@ -39,13 +39,14 @@ def expert_sites(model: PreTrainedModel) -> Iterator[WeightSite]:
                 continue
             experts, *shape = parameter.shape
             out, columns = reversed(shape) if module.is_transposed else shape
-            names = _names_on_disk(f"{path}.{leaf}", converters) or [leaf]
+            names_on_disk = _names_on_disk(f"{path}.{leaf}", converters)
+            names = names_on_disk or [leaf]
             height = out // len(names)
             for expert in range(experts):
                 for place, name in enumerate(names):
                     rows = (place * height, (place + 1) * height) if len(names) > 1 else None
                     site = f"{path}.{expert}.{name}"
-                    yield WeightSite(site, f"{path}.{leaf}", (height, columns), expert, rows, module.is_transposed)
+                    yield WeightSite(site, f"{path}.{leaf}", (height, columns), expert, rows, module.is_transposed, not names_on_disk)
 
 
 def _names_on_disk(parameter: str, converters: Iterable[WeightConverter]) -> list[str] | None:

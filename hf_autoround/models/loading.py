@@ -121,6 +121,25 @@ def conversions(model: PreTrainedModel) -> list[WeightRenaming | WeightConverter
     return list(get_model_conversion_mapping(model))
 
 
+def names_in_memory(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Map checkpoint keys to names in memory: renamed, the base model's prefix added or dropped, experts not merged."""
+    mapping = conversions(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    prefix, tensors = model.base_model_prefix, model.state_dict()
+    names = {}
+    for key in keys:
+        merged, pattern = rename_source_key(key, renamings, converters, prefix, tensors)
+        plain, _ = rename_source_key(key, renamings, [], prefix, tensors)
+        if pattern is not None:  # an expert's name is in no state dict: give it the prefix that its merged name got
+            if merged.startswith(f"{prefix}.") and not plain.startswith(f"{prefix}."):
+                plain = f"{prefix}.{plain}"
+            elif plain.startswith(f"{prefix}.") and not merged.startswith(f"{prefix}."):
+                plain = plain.removeprefix(f"{prefix}.")
+        names[key] = plain
+    return names
+
+
 def _find_folder(model: str | Path) -> Path:
     folder = Path(model)
     if folder.is_dir():
@@ -156,25 +175,6 @@ def _refuse_model(config: PretrainedConfig, name: str) -> None:
     reason = quirk(config.model_type).refuse
     if reason:
         raise UnsupportedLayer(f"{name} is a {config.model_type} model, which cannot be quantized: {reason}")
-
-
-def _names_in_memory(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """Map checkpoint keys to names in memory: renamed, the base model's prefix added or dropped, experts not merged."""
-    mapping = conversions(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    prefix, tensors = model.base_model_prefix, model.state_dict()
-    names = {}
-    for key in checkpoint.entries:
-        merged, pattern = rename_source_key(key, renamings, converters, prefix, tensors)
-        plain, _ = rename_source_key(key, renamings, [], prefix, tensors)
-        if pattern is not None:  # an expert's name is in no state dict: give it the prefix that its merged name got
-            if merged.startswith(f"{prefix}.") and not plain.startswith(f"{prefix}."):
-                plain = f"{prefix}.{plain}"
-            elif plain.startswith(f"{prefix}.") and not merged.startswith(f"{prefix}."):
-                plain = plain.removeprefix(f"{prefix}.")
-        names[key] = plain
-    return names
 
 
 @contextmanager

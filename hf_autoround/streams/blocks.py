@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hf_autoround.errors import CalibrationError, CheckpointError
 from hf_autoround.layers.fake_quantized_block import InputStatistics, watch_inputs
 from hf_autoround.layers.sites import oriented
+from hf_autoround.models.attention import use_chunked_attention
 from hf_autoround.models.blocks import ModelParts
 from hf_autoround.models.loading import LazyModel, evict, load_keys
 from hf_autoround.models.memory import release_memory
@@ -127,6 +128,8 @@ class _Walk:
         self.schemes = {name: scheme for name, (scheme, _) in self.parameters.items()}
         stored = lazy.checkpoint.entries[lazy.keys_under(parts.block_names[0])[0]].dtype
         self.dtype, self.autocast = compute_types(stored, self.device, settings.amp)
+        if self.device.type == "cpu" and torch.bfloat16 in (self.dtype, self.autocast):
+            use_chunked_attention(lazy.model)
         self.blocks = [lazy.model.get_submodule(name) for name in parts.block_names]
 
     def begin(self) -> None:

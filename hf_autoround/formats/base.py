@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a format is, and what reading one gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hf_autoround.layers.sites import QuantizedLayer, WeightSite
+from hf_autoround.layouts import Layout
+from hf_autoround.planning.plan import QuantPlan
+from hf_autoround.planning.resolve import matching
+from hf_autoround.scheme import Scheme
+
+StoredTensor = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a tensor in a file
+
+
+class Format(Protocol):
+    """A kind of checkpoint. It may refuse a plan; it never changes one."""
+
+    name: str
+    runtimes: str  # what reads it, for people
+
+    def refuse(self, site: WeightSite, scheme: Scheme) -> str | None: ...
+    def stored(self, plan: QuantPlan, site: WeightSite, dtype: torch.dtype) -> dict[str, StoredTensor]: ...
+    def store(self, plan: QuantPlan, site: WeightSite, layer: QuantizedLayer, dtype: torch.dtype) -> dict[str, Tensor]: ...
+    def config(self, plan: QuantPlan, names: Mapping[str, str]) -> dict[str, Any] | None: ...
+
+
+@dataclass(frozen=True)
+class StoredPlan:
+    """What a checkpoint's configuration says: the layout, the base scheme, and what differs by name or pattern.
+
+    `blocks` are the paths of the quantized lists of blocks; empty means wherever the decoder blocks are.
+    """
+
+    layout: Layout
+    scheme: Scheme
+    overrides: Mapping[str, Scheme]
+    blocks: tuple[str, ...] = ()
+
+    def scheme_of(self, name: str, inside_blocks: bool) -> Scheme | None:
+        """Return the scheme of a layer, None if it is not quantized. Exact names beat patterns, later ones earlier ones."""
+        chosen = self.overrides.get(name)
+        if chosen is None:
+            for key in reversed(self.overrides):
+                if matching(key, [name]):
+                    chosen = self.overrides[key]
+                    break
+        if chosen is None and inside_blocks:
+            chosen = self.scheme
+        return chosen if chosen is not None and chosen.weight is not None else None

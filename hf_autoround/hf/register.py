@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Taking over `quant_method: auto-round` in transformers.
+
+`register_quantizer` refuses names that exist, so the two mappings are assigned. transformers has no plug-in entry point:
+`import hf_autoround` does it, at once if `transformers.modeling_utils` is loaded, otherwise when it is (importing it
+costs seconds).
+"""
+
+
+def register() -> None:
+    """Put our quantizer and configuration in place of transformers' own. Doing it twice changes nothing."""
+    from transformers.quantizers import auto
+
+    from hf_autoround.hf.config import AutoRoundConfig
+    from hf_autoround.hf.quantizer import AutoRoundHfQuantizer
+
+    for method in ("auto-round", "intel/auto-round"):
+        auto.AUTO_QUANTIZER_MAPPING[method] = AutoRoundHfQuantizer
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = AutoRoundConfig
