@@ -69,6 +69,15 @@ class AutoRoundFormat:
         }
         return config | ({"extra_config": extra} if extra else {})
 
+    def note(self, plan: QuantPlan) -> str | None:
+        """Return which runtimes will not read this plan's checkpoint, or None."""
+        bits = sorted({scheme.weight.bits for scheme in plan.schemes.values() if scheme.weight} - {4, 8})
+        if not bits:
+            return None
+        widths = ", ".join(str(width) for width in bits)
+        others = "auto-round too" if set(bits) <= {2, 3} else "nothing else"
+        return f"auto_round at {widths} bits: transformers with hf_autoround reads it, {others}; vLLM and SGLang do not"
+
 
 def read_auto_round_config(config: Mapping[str, Any]) -> StoredPlan:
     """Return what an `auto-round` configuration says.

@@ -37,3 +37,7 @@ class FakeFormat:
     def config(self, plan: QuantPlan, names: Mapping[str, str]) -> dict[str, Any] | None:
         """Return None: the checkpoint is a float one."""
         return None
+
+    def note(self, plan: QuantPlan) -> str | None:
+        """Return None: everything reads it."""
+        return None

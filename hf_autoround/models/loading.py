@@ -68,7 +68,7 @@ def open_model(model: str | Path | PreTrainedModel, *, trust_remote_code: bool =
         checkpoint, model_class = CheckpointFolder(folder), None
     _refuse_model(config, name)
     skeleton = build_skeleton(config, model_class, trust_remote_code)
-    return LazyModel(skeleton, checkpoint, _names_in_memory(skeleton, checkpoint), name)
+    return LazyModel(skeleton, checkpoint, names_in_memory(skeleton, checkpoint.entries), name)
 
 
 def build_skeleton(config: PretrainedConfig, model_class: type | None = None, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model card of a quantized checkpoint: how it was made, how far each block is from the float model, how to load it.
+
+Nothing in it depends on time, paths of a machine or on how often a run was interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from hf_autoround import __version__
+from hf_autoround.planning.plan import QuantPlan
+
+_USE = """```python
+import hf_autoround  # teaches transformers to load it
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```"""
+
+
+def model_card(
+    source: str, plan: QuantPlan, recipe: Mapping[str, Any], data: str | None, records: Sequence[Mapping[str, Any]], packed: bool
+) -> str:
+    """Return README.md. `records` are the blocks' log entries, `data` says what they were calibrated on."""
+    name = Path(source).name
+    metadata = ModelCardData(
+        base_model=source if _on_hub(source) else None,
+        base_model_relation="quantized" if _on_hub(source) else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["auto-round", "hf_autoround", plan.scheme.name.lower(), "quantized"],
+    )
+    lines = [
+        f"# {name}, {plan.scheme.name}",
+        "",
+        f"Quantized with hf_autoround {__version__}: {len(plan.sites)} weights, {_counts(plan)}.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| scheme | {plan.scheme.name} |",
+        *(f"| {key} | {value} |" for key, value in recipe.items()),
+        f"| calibration | {data or 'none: rounded to nearest'} |",
+        f"| left in 16 bits | {_kept(plan)} |",
+        "",
+        *([_USE.format(name=name), ""] if packed else []),
+        *_errors(records),
+    ]
+    return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(lines).rstrip() + "\n"))
+
+
+def _errors(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = [record for record in records if record.get("loss_first") is not None]
+    if not rows:
+        return []
+    return [
+        "Mean squared error of each block's output, before and after tuning:",
+        "",
+        "| block | layers | before | after | best step |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {row['block']} | {row['layers']} | {row['loss_first']:.3e} | {row['loss_best']:.3e} | {row['best_step']} |"
+            for row in rows
+        ),
+    ]
+
+
+def _counts(plan: QuantPlan) -> str:
+    counts: dict[str, int] = {}
+    for scheme in plan.schemes.values():
+        counts[scheme.name] = counts.get(scheme.name, 0) + 1
+    return ", ".join(f"{count} x {name}" for name, count in counts.items())
+
+
+def _kept(plan: QuantPlan) -> str:
+    names = sorted(plan.kept)
+    shown = ", ".join(f"`{name}`" for name in names[:8])
+    return (shown + (f" and {len(names) - 8} more" if len(names) > 8 else "")) or "nothing inside the blocks"
+
+
+def _on_hub(source: str) -> bool:
+    return source.count("/") == 1 and not source.startswith((".", "~", "/")) and not Path(source).exists()

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Trainer-like door: arguments, callbacks, the run."""

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that can be known, and refused, before any work: model, plan, data, folders, disk space."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoTokenizer, PreTrainedModel
+
+from hf_autoround import __version__
+from hf_autoround.calibration.batches import CalibrationSet, calibration_set
+from hf_autoround.errors import AutoRoundError, CheckpointError, UnsupportedLayer, UnsupportedScheme
+from hf_autoround.formats import Format, find_formats
+from hf_autoround.layers.sites import WeightSite
+from hf_autoround.models.blocks import ModelParts, find_sites, head_is_tied, model_parts, other_matrices
+from hf_autoround.models.checkpoint import CheckpointFolder
+from hf_autoround.models.loading import LazyModel, open_model
+from hf_autoround.models.placement import resolve_placement
+from hf_autoround.planning.plan import QuantPlan
+from hf_autoround.planning.resolve import matching, resolve_plan
+from hf_autoround.scheme import Scheme, resolve_scheme
+from hf_autoround.streams.blocks import StreamSettings
+from hf_autoround.streams.shards import SourceKey, source_keys
+from hf_autoround.trainer.arguments import RoundingArguments
+from hf_autoround.trainer.output import OutputFolder
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that nothing speaks against. `data` is None if the algorithm needs none."""
+
+    args: RoundingArguments
+    lazy: LazyModel
+    parts: ModelParts
+    plan: QuantPlan
+    keys: list[SourceKey]
+    output: OutputFolder
+    settings: StreamSettings
+    processing_class: Any
+    data: CalibrationSet | None
+    max_shard_size: int
+
+    @property
+    def streams_blocks(self) -> bool:
+        """Say whether blocks are walked with data, or tensors rounded as they pass by."""
+        return self.data is not None
+
+    def signature(self) -> dict[str, Any]:
+        """Return what decides the bytes of the result: a resumed run must have been started with the same."""
+        args = self.args
+        tuning = {
+            name: getattr(args, name)
+            for name in (
+                "iters", "lr", "minmax_lr", "momentum", "enable_adam", "enable_minmax_tuning", "enable_norm_bias_tuning",
+                "enable_quanted_input", "disable_opt_rtn", "nblocks", "batch_size", "gradient_accumulate_steps",
+            )
+        }  # fmt: skip
+        return {
+            "version": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "model": self.lazy.checkpoint.fingerprint(),
+            "scheme": self.plan.scheme.name,
+            "layers": self.plan.to_dict(),
+            "data": self.data.digest if self.data else None,
+            "dataset": self.data.description if self.data else None,
+            "seed": args.seed,
+            "precision": "float32" if args.disable_amp else "amp",
+            "device": self.settings.placement.main.type,
+            **tuning,
+        }
+
+
+def prepare(
+    model: str | Path | PreTrainedModel, args: RoundingArguments, train_dataset: Any, processing_class: Any
+) -> Run:
+    """Return the run that these arguments mean.
+
+    Raises an AutoRoundError for anything that could not work, before any weight is read.
+    """
+    formats = tuple(find_formats(args.format))
+    if not formats:
+        raise AutoRoundError("no format is given; hf-autoround list formats names them")
+    scheme = resolve_scheme(args.scheme, bits=args.bits, group_size=args.group_size, sym=args.sym)
+    if scheme.weight is None and not args.layer_config:
+        raise UnsupportedScheme(f"{scheme.name} leaves every layer as it is: there is nothing to quantize")
+    max_shard_size = _bytes(args.max_shard_size)
+    placement = resolve_placement(args.device_map)
+    lazy = open_model(model, trust_remote_code=args.trust_remote_code)
+    parts = model_parts(lazy.model)
+    plan = _plan(lazy, parts, scheme, args, formats)
+    keys = source_keys(lazy, plan)
+    data = None
+    if args.algorithm != "rtn":
+        processing_class = processing_class or _tokenizer(lazy, args)
+        config = lazy.model.config.get_text_config()
+        data = calibration_set(
+            args.dataset if train_dataset is None else train_dataset,
+            processing_class,
+            nsamples=args.nsamples,
+            seqlen=args.seqlen,
+            vocabulary=config.vocab_size,
+            longest=getattr(config, "max_position_embeddings", None),
+        )
+    settings = StreamSettings(
+        nblocks=args.nblocks,
+        seed=args.seed,
+        placement=placement,
+        quantized_inputs=args.enable_quanted_input,
+        keep_on_cpu=args.low_gpu_mem_usage,
+        amp=not args.disable_amp,
+    )
+    output = OutputFolder(Path(args.output_dir).expanduser(), formats)
+    return Run(args, lazy, parts, plan, keys, output, settings, processing_class, data, max_shard_size)
+
+
+def _plan(
+    lazy: LazyModel, parts: ModelParts, scheme: Scheme, args: RoundingArguments, formats: tuple[Format, ...]
+) -> QuantPlan:
+    every = find_sites(lazy.model)
+    inside = [site for site in every if parts.block_of(site.name) is not None]
+    layer_config = _layer_config(args.layer_config)
+    head = [site for site in every if site.name == parts.head]
+    wanted = args.quant_lm_head or (parts.head in layer_config)
+    kept = list(other_matrices(lazy.model, parts, inside))
+    if wanted:
+        if not head:
+            raise UnsupportedLayer(f"{lazy.name} has no output head that could be quantized; leave quant_lm_head out")
+        if head_is_tied(lazy.model, head[0].name):
+            raise UnsupportedLayer(
+                f"{head[0].name} of {lazy.name} shares its weight with the input embedding, which stays float: it cannot be "
+                "quantized; leave quant_lm_head out"
+            )
+
+    def refuse(site: WeightSite, chosen: Scheme) -> list[str]:
+        reasons = [(target.name, target.refuse(site, chosen)) for target in formats]
+        return [f"{name} cannot store {site.name}: {reason}" for name, reason in reasons if reason]
+
+    plan = resolve_plan(
+        [*inside, *(head if wanted else [])],
+        scheme,
+        blocks=parts.blocks,
+        head=parts.head if wanted else None,
+        layer_config=layer_config,
+        ignore_layers=[name for name in args.ignore_layers if wanted or not _is_head(name, parts)],
+        keep_float=kept,
+        refuse=refuse,
+    )
+    if parts.head is not None and not wanted:
+        return QuantPlan(
+            plan.scheme, plan.sites, plan.schemes, {**plan.kept, parts.head: "quant_lm_head was not asked for"}, plan.blocks
+        )
+    return plan
+
+
+def _is_head(key: str, parts: ModelParts) -> bool:
+    """Say whether a user ignores the head, which is ignored anyway."""
+    return parts.head is not None and bool(matching(key, [parts.head]))
+
+
+def _layer_config(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    if isinstance(given, str):
+        try:
+            given = ast.literal_eval(given)
+        except (ValueError, SyntaxError) as error:
+            raise AutoRoundError(f"layer_config is not a dict: {error}; write it as {{'k_proj': {{'bits': 8}}}}") from error
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise AutoRoundError(f"layer_config is a {type(given).__name__}; it has to be a dict of layer name to scheme")
+    return dict(given)
+
+
+def _tokenizer(lazy: LazyModel, args: RoundingArguments) -> Any:
+    """Load the model's tokenizer, or None if it has none (token ids need none)."""
+    source = lazy.checkpoint.folder if isinstance(lazy.checkpoint, CheckpointFolder) else lazy.name
+    if isinstance(source, Path) and not any(source.glob("tokenizer*")) and not any(source.glob("*.model")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        if not isinstance(source, Path):
+            return None
+        raise CheckpointError(f"the tokenizer of {lazy.name} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def _bytes(size: str | int) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", str(size), re.IGNORECASE)
+    value = float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ") if match else 0
+    if value < 1:
+        raise AutoRoundError(f"max_shard_size={size!r} is no size; write it as 5GB or 500MB")
+    return int(value)
+
+

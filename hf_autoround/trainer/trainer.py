@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RoundingTrainer: what transformers' Trainer is for training, for rounding.
+
+An epoch is a block, a step an iteration. `train()` leaves the quantized checkpoint in `args.output_dir`. Arithmetic and
+bytes are done elsewhere: here are the order of things, the callbacks, and resuming.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
+
+from hf_autoround.errors import AutoRoundError, MissingDependency
+from hf_autoround.formats.base import Format
+from hf_autoround.hf.model_card import model_card
+from hf_autoround.streams.blocks import stream_blocks, units
+from hf_autoround.streams.journal import Journal
+from hf_autoround.streams.shards import FromJournal, Item, rounded, stream_checkpoint
+from hf_autoround.trainer.arguments import RoundingArguments
+from hf_autoround.trainer.callbacks import BlockLines, RoundingProgress
+from hf_autoround.trainer.events import TrainingStopped, TrainerEvents
+from hf_autoround.trainer.output import OutputFolder, copy_companions
+from hf_autoround.trainer.run import Run, prepare
+from hf_autoround.tuning import ALGORITHMS
+
+logger = logging.get_logger(__name__)
+
+
+class RoundingTrainer:
+    """Quantizes a model.
+
+    `model`: a folder, a Hub id, or a PreTrainedModel (which is read, never changed). `train_dataset`: calibration data
+    (texts, token ids, tensors, a datasets.Dataset, or a name); `args.dataset` if it is None. `processing_class`: the
+    tokenizer, if it is not the model folder's own.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        args: RoundingArguments | None = None,
+        train_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: Iterable[TrainerCallback | type[TrainerCallback]] | None = None,
+    ) -> None:
+        self.model, self.args = model, args or RoundingArguments()
+        self.train_dataset, self.processing_class = train_dataset, processing_class
+        own: list[Any] = [DefaultFlowCallback, *self._reports(), RoundingProgress, BlockLines]
+        self.callback_handler = CallbackHandler([*own, *(callbacks or [])], None, processing_class, None, None)
+        self.state, self.control = TrainerState(), TrainerControl()
+        self.run: Run | None = None
+        self.control = self.callback_handler.on_init_end(self.args, self.state, self.control)
+
+    def train(self, resume_from_checkpoint: bool | None = None) -> TrainOutput:
+        """Quantize the model and write it.
+
+        With `resume_from_checkpoint` an unfinished run in `args.output_dir` goes on where it was killed, and ends in the
+        same bytes. Raises an AutoRoundError, whose message says what to do instead, before any work if possible.
+        """
+        resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else bool(resume_from_checkpoint)
+        started = time.time()
+        run = self.prepare()
+        if resume and run.output.finished() and not run.output.journal.exists():
+            logger.info(f"{run.output.folder} is finished already")
+            return TrainOutput(0, 0.0, {})
+        journal = self.quantize(resume)
+        self.write(run.output, journal)
+        run.output.finish(self._final_state())
+        journal.remove()
+        losses = [entry["loss_best"] for entry in self.state.log_history if entry.get("loss_best") is not None]
+        mean = sum(losses) / len(losses) if losses else 0.0
+        runtime = time.time() - started
+        metrics = {"train_runtime": runtime, "train_loss": mean, "quantized_layers": len(run.plan.sites)}
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        return TrainOutput(self.state.global_step, mean, metrics)
+
+    def prepare(self) -> Run:
+        """Open the model, make the plan and read the data; nothing is written yet. Done once."""
+        if self.run is None:
+            self.run = prepare(self.model, self.args, self.train_dataset, self.processing_class)
+            run = self.run
+            self.callback_handler.model, self.callback_handler.processing_class = run.lazy.model, run.processing_class
+            self._say_what_will_happen(run)
+        return self.run
+
+    def quantize(self, resume: bool = False) -> Journal:
+        """Bring every block into the journal (plain round to nearest has nothing to keep there)."""
+        run = self.prepare()
+        run.output.claim(resume)
+        run.output.refuse_full_disk(run.lazy, run.plan, run.keys, journal=run.streams_blocks)
+        journal = Journal(run.output.journal, run.signature())
+        journal.start(resume)
+        steps_per_block = self.args.iters or 1
+        all_units = units(run.parts, run.plan, self.args.nblocks)
+        self.state.max_steps = steps_per_block * len(all_units) if run.streams_blocks else len(run.plan.sites)
+        self.state.num_train_epochs = len(all_units)
+        self.state.train_batch_size = self.args.batch_size
+        self.state.compute_steps(self.args, self.state.max_steps)
+        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        if run.streams_blocks:
+            assert run.data is not None
+            algorithm = ALGORITHMS[self.args.algorithm]
+            events = TrainerEvents(self, run.plan, steps_per_block, len(all_units))
+            try:
+                stream_blocks(
+                    run.lazy, run.parts, run.plan, run.data.tokens, algorithm, self.args.tuning(), run.settings, journal, events
+                )
+            except TrainingStopped as stopped:
+                raise AutoRoundError(
+                    f"stopped by a callback after {stopped}; what is finished is kept in {run.output.folder}: resume to go on"
+                ) from stopped
+        return journal
+
+    def write(self, output: OutputFolder, journal: Journal) -> None:
+        """Write what is in a journal (or round to nearest on the way) in the formats of `output`."""
+        run = self.prepare()
+
+        def companions(folder: Path, target: Format) -> None:
+            copy_companions(run.lazy, folder, self.processing_class)
+            (folder / "README.md").write_text(self.create_model_card(target), encoding="utf-8")
+
+        output.write(run.lazy, run.plan, run.keys, self._items(run, journal), run.max_shard_size, companions)
+
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """Copy the finished checkpoint(s) to another folder, as Trainer.save_model would write them there."""
+        run = self.prepare()
+        if not run.output.finished():
+            raise AutoRoundError(f"nothing is quantized in {run.output.folder} yet: call train() first")
+        if output_dir is not None and Path(output_dir).expanduser().resolve() != run.output.folder.resolve():
+            shutil.copytree(run.output.folder, Path(output_dir).expanduser(), dirs_exist_ok=True)
+
+    def push_to_hub(self, repo_id: str | None = None, commit_message: str = "Quantized with hf_autoround") -> str:
+        """Upload the finished checkpoint and return its address."""
+        from huggingface_hub import HfApi
+
+        run = self.prepare()
+        name = repo_id or self.args.hub_model_id
+        if name is None:
+            raise AutoRoundError("push_to_hub needs a repository: pass repo_id, or hub_model_id in the arguments")
+        if not run.output.finished():
+            raise AutoRoundError(f"nothing is quantized in {run.output.folder} yet: call train() first")
+        api = HfApi()
+        repository = api.create_repo(name, private=self.args.hub_private_repo, exist_ok=True).repo_id
+        return str(api.upload_folder(repo_id=repository, folder_path=run.output.folder, commit_message=commit_message))
+
+    def create_model_card(self, target: Format) -> str:
+        """Return the README.md of a checkpoint in this format."""
+        run = self.prepare()
+        args = self.args
+        recipe: dict[str, Any] = {"algorithm": args.algorithm}
+        if args.algorithm == "sign_round":
+            keys = ("iters", "lr", "minmax_lr", "batch_size", "gradient_accumulate_steps", "nblocks", "enable_norm_bias_tuning")
+            recipe |= {key: getattr(args, key) for key in keys if getattr(args, key) not in (None, False)}
+        if run.data is not None:
+            recipe["seed"] = args.seed
+        packed = target.config(run.plan, {}) is not None
+        return model_card(
+            run.lazy.name, run.plan, recipe, run.data.description if run.data else None, self.state.log_history, packed
+        )
+
+    def log(self, logs: Mapping[str, Any], **kwargs: Any) -> None:
+        """Tell callbacks and reports."""
+        entry = dict(logs)
+        self.control = self.callback_handler.call_event("on_log", self.args, self.state, self.control, logs=entry, **kwargs)
+
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Add a callback."""
+        self.callback_handler.add_callback(callback)
+
+    def pop_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> TrainerCallback | None:
+        """Remove a callback and return it."""
+        return self.callback_handler.pop_callback(callback)
+
+    def remove_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Remove a callback."""
+        self.callback_handler.remove_callback(callback)
+
+    def _items(self, run: Run, journal: Journal) -> Iterable[Item]:
+        if run.streams_blocks:
+            key_of = {name: unit.key for unit in units(run.parts, run.plan, self.args.nblocks) for name in unit.names}
+
+            def unit_of(parameter: str) -> str | None:
+                block = run.parts.block_of(parameter)
+                name = run.parts.block_names[block] if block is not None else parameter.rpartition(".")[0]
+                return key_of.get(name)
+
+            results = FromJournal(journal, run.plan, unit_of)
+            yield from stream_checkpoint(run.lazy, run.keys, results.finished, results.tuned)
+            return
+        for item in stream_checkpoint(run.lazy, run.keys, rounded(run.plan, run.settings.placement.main)):
+            if item.site is not None:
+                self.state.global_step += 1
+                self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
+            yield item
+
+    def _say_what_will_happen(self, run: Run) -> None:
+        counts: dict[str, int] = {}
+        for reason in run.plan.kept.values():
+            counts[reason] = counts.get(reason, 0) + 1
+        logger.info(f"{run.lazy.name}: {len(run.plan.sites)} weights by {self.args.algorithm} to {run.plan.scheme.name}")
+        for reason, count in counts.items():
+            names = [name for name, why in run.plan.kept.items() if why == reason]
+            logger.info(f"  {count} left in 16 bits ({', '.join(names[:3])}{', ...' if count > 3 else ''}): {reason}")
+        if run.data is not None:
+            logger.info(f"calibration: {run.data.description}")
+        for target in run.output.formats:
+            note = target.note(run.plan)
+            if note:
+                logger.warning(note)
+
+    def _final_state(self) -> dict[str, Any]:
+        return {
+            "global_step": self.state.global_step,
+            "max_steps": self.state.max_steps,
+            "num_train_epochs": self.state.num_train_epochs,
+            "log_history": self.state.log_history,
+        }
+
+    def _reports(self) -> list[type[TrainerCallback]]:
+        try:
+            return get_reporting_integration_callbacks(self.args.report_to)
+        except (ValueError, ImportError) as error:
+            raise MissingDependency(f"report_to={self.args.report_to}: {error}") from error
