@@ -54,7 +54,7 @@ class AutoRound:
         """Quantize the model and write it to `output_dir` (several formats: to `output_dir/<format>`); return the folder."""
         if self._journal is not None:
             return self.save_quantized(output_dir, format)
-        args = dataclasses.replace(self.args, **{"output_dir": str(output_dir), "format": format})
+        args = dataclasses.replace(self.args, output_dir=str(output_dir), format=format)
         self._new_trainer(args).train()
         return str(output_dir)
 

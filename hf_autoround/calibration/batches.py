@@ -60,7 +60,9 @@ def calibration_set(
     if len(tokens) < nsamples:
         notes.append(f"{nsamples} were asked for, it has no more")
     if int(tokens.max()) >= vocabulary or int(tokens.min()) < 0:
-        raise CalibrationError(f"{name} holds token {int(tokens.max())}, the model knows {vocabulary}: is it another tokenizer's?")
+        raise CalibrationError(
+            f"{name} holds token {int(tokens.max())}, the model knows {vocabulary}: is it another tokenizer's?"
+        )
     samples = f"{len(tokens)} x {tokens.shape[1]} tokens of {name} ({used} {'document' if used == 1 else 'documents'})"
     return CalibrationSet(tokens, "; ".join([samples, *notes]))
 

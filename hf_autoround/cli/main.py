@@ -79,7 +79,9 @@ def _run(words: list[str], recipe: str) -> int:
         return run(words[1:])
     if not command.startswith("-") and command != "quantize" and "/" not in command and "." not in command:
         if not any(word.startswith("-") for word in words):
-            root = Parser(prog="hf-autoround", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawTextHelpFormatter)
+            root = Parser(
+                prog="hf-autoround", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawTextHelpFormatter
+            )
             root.unknown(command, _COMMANDS, "command")
     from hf_autoround.cli.quantize import run
 

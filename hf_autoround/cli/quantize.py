@@ -38,7 +38,9 @@ def parser(recipe: str, description: str, epilog: str) -> Parser:
     flags.add_argument("--version", action="version", version=f"hf-autoround {__version__}")
     flags.add_argument("model_positional", nargs="?", metavar="MODEL", help=argparse.SUPPRESS)
     flags.add_argument("--model", help="Model folder or Hub id to quantize.")
-    flags.add_argument("--resume", action="store_true", help="Go on with the unfinished run in --output_dir, or start if there is none.")
+    flags.add_argument(
+        "--resume", action="store_true", help="Go on with the unfinished run in --output_dir, or start if there is none."
+    )
     flags.add_argument("--push_to_hub", action="store_true", help="Upload the result to --hub_model_id.")
     defaults = RECIPES[recipe]
     by_name = {item.name: item for item in dataclasses.fields(RoundingArguments)}
@@ -47,7 +49,9 @@ def parser(recipe: str, description: str, epilog: str) -> Parser:
         for field_name in names:
             _add(group, by_name[field_name], defaults)
         if title == "numbers":
-            group.add_argument("--asym", dest="sym", action="store_false", default=None, help="Grid with zero points instead of a symmetric one.")
+            group.add_argument(
+                "--asym", dest="sym", action="store_false", default=None, help="Grid with zero points instead of a symmetric one."
+            )
     return flags
 
 

@@ -99,6 +99,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
                 layers = {_expert_place(site): packed_layer(site, False, module.get_parameter(leaf).dtype) for site in sites}
                 names = tuple(dict.fromkeys(name for _, name in layers))
                 install_packed_experts(module, leaf, names, layers, sites[0].transposed)
+        _spare_initialisation(model, by_parameter)
         logger.info(f"backends: {', '.join(f'{count} layers by {name}' for name, count in backends.items())}")
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -138,6 +139,15 @@ def _packed_names(model: PreTrainedModel, files: Iterable[str] | None) -> set[st
         return None
     packed = [name for name in stored_names(files) if name.endswith(".qweight")]
     return {name.removesuffix(".qweight") for name in names_in_memory(model, packed).values()}
+
+
+def _spare_initialisation(model: PreTrainedModel, parameters: Iterable[str]) -> None:
+    """Keep transformers from initialising what holds packed layers: some blocks reach for their layers' `weight`."""
+    for parameter in parameters:
+        parent = parameter.rpartition(".")[0].rpartition(".")[0]
+        while parent:
+            model.get_submodule(parent)._is_hf_initialized = True
+            parent = parent.rpartition(".")[0]
 
 
 def _expert_place(site: WeightSite) -> tuple[int, str]:

@@ -6,14 +6,22 @@
 costs seconds).
 """
 
+from typing import Any
+
 
 def register() -> None:
     """Put our quantizer and configuration in place of transformers' own. Doing it twice changes nothing."""
     from transformers.quantizers import auto
 
     from hf_autoround.hf.config import AutoRoundConfig
-    from hf_autoround.hf.quantizer import AutoRoundHfQuantizer
 
     for method in ("auto-round", "intel/auto-round"):
-        auto.AUTO_QUANTIZER_MAPPING[method] = AutoRoundHfQuantizer
+        auto.AUTO_QUANTIZER_MAPPING[method] = _quantizer
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = AutoRoundConfig
+
+
+def _quantizer(quantization_config: Any, **kwargs: Any) -> Any:
+    """Make the quantizer; importing it only now keeps `import transformers` as fast as it was, and free of cycles."""
+    from hf_autoround.hf.quantizer import AutoRoundHfQuantizer
+
+    return AutoRoundHfQuantizer(quantization_config, **kwargs)

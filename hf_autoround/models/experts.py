@@ -46,7 +46,9 @@ def expert_sites(model: PreTrainedModel) -> Iterator[WeightSite]:
                 for place, name in enumerate(names):
                     rows = (place * height, (place + 1) * height) if len(names) > 1 else None
                     site = f"{path}.{expert}.{name}"
-                    yield WeightSite(site, f"{path}.{leaf}", (height, columns), expert, rows, module.is_transposed, not names_on_disk)
+                    yield WeightSite(
+                        site, f"{path}.{leaf}", (height, columns), expert, rows, module.is_transposed, not names_on_disk
+                    )
 
 
 def _names_on_disk(parameter: str, converters: Iterable[WeightConverter]) -> list[str] | None:

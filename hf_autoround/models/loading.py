@@ -99,7 +99,7 @@ def load_keys(lazy: LazyModel, keys: Iterable[str], device: torch.device, dtype:
         dtype=dtype,
         weight_mapping=conversions(lazy.model),
     )
-    with _own_types(lazy.model, dtype), _no_progress_bar():
+    with _own_types(lazy.model, dtype), hidden_progress_bar():
         info, _ = convert_and_load_state_dict_in_model(
             model=lazy.model, state_dict=state_dict, load_config=config, disk_offload_index=None
         )
@@ -138,6 +138,18 @@ def names_in_memory(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, st
                 plain = plain.removeprefix(f"{prefix}.")
         names[key] = plain
     return names
+
+
+@contextmanager
+def hidden_progress_bar() -> Iterator[None]:
+    """Hide transformers' "Loading weights" bar: there would be one for every block."""
+    active = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if active:
+            logging.enable_progress_bar()
 
 
 def _find_folder(model: str | Path) -> Path:
@@ -184,15 +196,3 @@ def _own_types(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
         if parameter.device.type == "meta" and parameter.is_floating_point() and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
     yield
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Hide transformers' "Loading weights" bar: there would be one for every block."""
-    active = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if active:
-            logging.enable_progress_bar()

@@ -119,7 +119,13 @@ class _Walk:
     """The two chains of activations, float and quantized, as they pass through the blocks."""
 
     def __init__(
-        self, lazy: LazyModel, parts: ModelParts, plan: QuantPlan, tokens: Tensor, tuning: TuningSettings, settings: StreamSettings
+        self,
+        lazy: LazyModel,
+        parts: ModelParts,
+        plan: QuantPlan,
+        tokens: Tensor,
+        tuning: TuningSettings,
+        settings: StreamSettings,
     ) -> None:
         self.lazy, self.parts, self.plan, self.tokens = lazy, parts, plan, tokens
         self.tuning, self.settings = tuning, settings
@@ -151,7 +157,8 @@ class _Walk:
         if unit.key == "head":
             outside = self._load_outside()
             self.float_inputs, self.inputs = (
-                finish(self.lazy.model, self.blocks, self.tokens, hidden, self.device) for hidden in (self.float_inputs, self.inputs)
+                finish(self.lazy.model, self.blocks, self.tokens, hidden, self.device)
+                for hidden in (self.float_inputs, self.inputs)
             )
             self._evict(outside)
             return BlockRunner(unit.names, blocks, (BlockArguments.none(),), self.device, self.autocast)

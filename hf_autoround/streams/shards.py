@@ -133,4 +133,3 @@ def refuse_not_finite(name: str, tensor: Tensor) -> None:
     """Raise CheckpointError if a weight holds NaN or infinity."""
     if not torch.isfinite(tensor).all():
         raise CheckpointError(f"{name} holds NaN or infinite weights; the source checkpoint is damaged")
-

@@ -41,7 +41,9 @@ class RoundingArguments:
     Raises AutoRoundError for values that cannot be meant.
     """
 
-    output_dir: str = _help("Folder for the quantized model; it must be empty, or hold an unfinished run.", default="autoround_output")
+    output_dir: str = _help(
+        "Folder for the quantized model; it must be empty, or hold an unfinished run.", default="autoround_output"
+    )
     scheme: str = _help("Scheme of every layer: `hf-autoround list schemes`.", default="W4A16")
     bits: int | None = _help("Bits of a weight, 2 to 8; overrides the scheme's.", default=None)
     group_size: int | None = _help("Inputs that share a scale, -1 for whole rows; overrides the scheme's.", default=None)
@@ -49,7 +51,9 @@ class RoundingArguments:
     layer_config: dict[str, Any] | None = _help(
         "Schemes of single layers: {name, part of a name or regular expression: preset or dict}.", default=None
     )
-    ignore_layers: list[str] = _help("Layers to leave in 16 bits: names, parts of names, regular expressions.", default_factory=list)
+    ignore_layers: list[str] = _help(
+        "Layers to leave in 16 bits: names, parts of names, regular expressions.", default_factory=list
+    )
     quant_lm_head: bool = _help("Quantize the output head too (not possible if it is tied to the embedding).", default=False)
     format: str = _help("Formats to write, comma-separated: `hf-autoround list formats`.", default="auto_round")
 

@@ -51,7 +51,9 @@ class TrainerEvents:
         control = self.trainer.control
         return control.should_epoch_stop or control.should_training_stop
 
-    def block_decided(self, place: int, unit: str, names: tuple[str, ...], result: BlockResult, rows: Mapping[str, Any]) -> dict[str, Any]:
+    def block_decided(
+        self, place: int, unit: str, names: tuple[str, ...], result: BlockResult, rows: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """A block's numbers are known: return the record that is stored with them."""
         schemes: dict[str, int] = {}
         for site in self.plan.sites:

@@ -65,7 +65,9 @@ class OutputFolder:
         there = sorted(path.name for path in self.folder.iterdir()) if self.folder.exists() else []
         if there and JOURNAL not in there:
             more = ", ..." if len(there) > 3 else ""
-            raise OutputError(f"{self.folder} is not empty ({', '.join(there[:3])}{more}); give another --output_dir, or empty it")
+            raise OutputError(
+                f"{self.folder} is not empty ({', '.join(there[:3])}{more}); give another --output_dir, or empty it"
+            )
         if JOURNAL in there and not resume:
             raise OutputError(
                 f"{self.folder} holds an unfinished run; go on with it (--resume, resume_from_checkpoint=True) or remove the folder"

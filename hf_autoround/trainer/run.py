@@ -78,9 +78,7 @@ class Run:
         }
 
 
-def prepare(
-    model: str | Path | PreTrainedModel, args: RoundingArguments, train_dataset: Any, processing_class: Any
-) -> Run:
+def prepare(model: str | Path | PreTrainedModel, args: RoundingArguments, train_dataset: Any, processing_class: Any) -> Run:
     """Return the run that these arguments mean.
 
     Raises an AutoRoundError for anything that could not work, before any weight is read.
@@ -121,9 +119,7 @@ def prepare(
     return Run(args, lazy, parts, plan, keys, output, settings, processing_class, data, max_shard_size)
 
 
-def _plan(
-    lazy: LazyModel, parts: ModelParts, scheme: Scheme, args: RoundingArguments, formats: tuple[Format, ...]
-) -> QuantPlan:
+def _plan(lazy: LazyModel, parts: ModelParts, scheme: Scheme, args: RoundingArguments, formats: tuple[Format, ...]) -> QuantPlan:
     every = find_sites(lazy.model)
     inside = [site for site in every if parts.block_of(site.name) is not None]
     layer_config = _layer_config(args.layer_config)
@@ -197,5 +193,3 @@ def _bytes(size: str | int) -> int:
     if value < 1:
         raise AutoRoundError(f"max_shard_size={size!r} is no size; write it as 5GB or 500MB")
     return int(value)
-
-

@@ -27,7 +27,7 @@ from hf_autoround.streams.journal import Journal
 from hf_autoround.streams.shards import FromJournal, Item, rounded, stream_checkpoint
 from hf_autoround.trainer.arguments import RoundingArguments
 from hf_autoround.trainer.callbacks import BlockLines, RoundingProgress
-from hf_autoround.trainer.events import TrainingStopped, TrainerEvents
+from hf_autoround.trainer.events import TrainerEvents, TrainingStopped
 from hf_autoround.trainer.output import OutputFolder, copy_companions
 from hf_autoround.trainer.run import Run, prepare
 from hf_autoround.tuning import ALGORITHMS

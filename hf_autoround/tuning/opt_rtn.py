@@ -29,7 +29,5 @@ def searched(weight: TunableWeight, squares: Tensor | None) -> Tunables:
 @torch.no_grad()
 def optimized_round_to_nearest(task: BlockTask, settings: TuningSettings, on_step: OnStep) -> BlockResult:
     """Search the scales of every weight of the block."""
-    layers = {
-        name: weight.finished(searched(weight, task.importance.get(name))) for name, weight in task.weights.items()
-    }
+    layers = {name: weight.finished(searched(weight, task.importance.get(name))) for name, weight in task.weights.items()}
     return BlockResult(layers)

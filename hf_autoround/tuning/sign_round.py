@@ -15,17 +15,17 @@ from torch import Tensor
 
 from hf_autoround.numerics import Tunables
 from hf_autoround.tuning.opt_rtn import searched
-from hf_autoround.tuning.task import BlockResult, BlockTask, OnStep, TunableWeight, TuningSettings
+from hf_autoround.tuning.task import BlockResult, BlockTask, OnStep, TuningSettings
 
 
 def sign_round(task: BlockTask, settings: TuningSettings, on_step: OnStep) -> BlockResult:
     """Tune one block; `on_step` may stop it early."""
     assert task.run is not None and task.target is not None
     state = _State(task, settings)
-    selection = _spread(task.samples, settings.selection_samples)
+    training, selection = _split(task.samples, settings.selection_samples)
     first = best = _error(task, state.replacements(), selection, settings.batch_size)
     kept, best_step = state.snapshot(), 0
-    batches = _batches(task, settings)
+    batches = _batches(training, task.seed, settings)
     for step in range(settings.iters):
         rate = 1 - step / settings.iters
         loss = state.step(next(batches), rate)
@@ -71,7 +71,10 @@ class _State:
             torch.optim.Adam(groups, betas=(0.9, 0.95)) if settings.enable_adam else SignSGD(groups, settings.momentum)
         ]
         if self.norms:
-            self.optimizers.append(torch.optim.Adam([{"params": list(self.norms.values()), "lr": settings.norm_lr}]))
+            # relative to their size: some models store norm weights around 1, some around 0, and biases are anything
+            sizes = {name: max(norm.detach().square().mean().sqrt().item(), 1e-3) for name, norm in self.norms.items()}
+            groups = [{"params": [norm], "lr": settings.norm_lr * sizes[name]} for name, norm in self.norms.items()]
+            self.optimizers.append(torch.optim.Adam(groups))
         self.initial = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
 
     def replacements(self) -> dict[str, Tensor]:
@@ -143,18 +146,23 @@ def _error(task: BlockTask, weights: Mapping[str, Tensor], indices: Tensor, batc
     return total / len(indices)
 
 
-def _spread(samples: int, count: int) -> Tensor:
-    """Return `count` sample indices spread evenly over all."""
-    count = min(count, samples)
-    return torch.arange(count) * samples // count
+def _split(samples: int, count: int) -> tuple[Tensor, Tensor]:
+    """Return the samples to tune on and those to choose the best step on: `count` of them, an eighth at the most, spread
+    evenly. A handful of samples is too few to hold any out: then both are all of them."""
+    every = torch.arange(samples)
+    count = min(count, samples // 8)
+    if count == 0:
+        return every, every
+    held_out = torch.arange(count) * samples // count
+    return every[~torch.isin(every, held_out)], held_out
 
 
-def _batches(task: BlockTask, settings: TuningSettings) -> Iterator[list[Tensor]]:
-    """Yield the micro-batches of each step for ever: shuffled passes over the samples, a function of the task's seed."""
-    generator = torch.Generator().manual_seed(task.seed)
-    size = min(task.samples, settings.batch_size * settings.gradient_accumulate_steps)
+def _batches(samples: Tensor, seed: int, settings: TuningSettings) -> Iterator[list[Tensor]]:
+    """Yield the micro-batches of each step for ever: shuffled passes over the samples, a function of the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    size = min(len(samples), settings.batch_size * settings.gradient_accumulate_steps)
     micro = max(1, min(settings.batch_size, size))
     while True:
-        order = torch.randperm(task.samples, generator=generator)
-        for start in range(0, task.samples - size + 1, size):
+        order = samples[torch.randperm(len(samples), generator=generator)]
+        for start in range(0, len(order) - size + 1, size):
             yield list(order[start : start + size].split(micro))

@@ -103,7 +103,7 @@ class TuningSettings:
     enable_adam: bool = False
     enable_minmax_tuning: bool = True
     enable_norm_bias_tuning: bool = False
-    selection_samples: int = 32
+    selection_samples: int = 16
     selection_every: int = 10
 
 
