@@ -50,23 +50,23 @@ class _State:
         self.groups = {name: weight.groups() for name, weight in task.weights.items()}
         self.tunables: dict[str, Tunables] = {}
         self.lr = settings.lr if settings.lr is not None else 1 / settings.iters
-        range_lr = settings.minmax_lr if settings.minmax_lr is not None else self.lr
-        by_rate: dict[str, list[Tensor]] = {"rounding": [], "range": []}
+        by_rate: dict[float, list[Tensor]] = {}
         for name, weight in task.weights.items():
             start = searched(weight, task.importance.get(name))
+            range_lr = (
+                settings.minmax_lr if settings.minmax_lr is not None else self.lr * weight.data_type.range_rate(weight.spec)
+            )
             rates = start.rates()
             for part, tensor in start.learned().items():
-                if rates[part] == "rounding" or settings.enable_minmax_tuning:
-                    by_rate[rates[part]].append(tensor.requires_grad_())
+                if rates[part] == "rounding":
+                    by_rate.setdefault(self.lr, []).append(tensor.requires_grad_())
+                elif settings.enable_minmax_tuning:
+                    by_rate.setdefault(range_lr, []).append(tensor.requires_grad_())
             self.tunables[name] = start
         self.norms = {}
         if settings.enable_norm_bias_tuning:
             self.norms = {name: norm.detach().float().clone().requires_grad_() for name, norm in task.norms.items()}
-        groups = [
-            {"params": tensors, "lr": lr}
-            for tensors, lr in ((by_rate["rounding"], self.lr), (by_rate["range"], range_lr))
-            if tensors
-        ]
+        groups = [{"params": tensors, "lr": lr} for lr, tensors in by_rate.items()]
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.Adam(groups, betas=(0.9, 0.95)) if settings.enable_adam else SignSGD(groups, settings.momentum)
         ]

@@ -91,7 +91,9 @@ class BlockResult:
 
 @dataclass(frozen=True)
 class TuningSettings:
-    """How tuning goes. Rates are per step and fall linearly to zero; None means 1 / iters."""
+    """How tuning goes. Rates fall linearly to zero; None is 1 / iters for the rounding, and for the scales that times the
+    data type's `range_rate`. `norm_lr` is relative to the size of a norm's weights.
+    """
 
     iters: int = 200
     batch_size: int = 8
@@ -102,7 +104,7 @@ class TuningSettings:
     momentum: float = 0.0
     enable_adam: bool = False
     enable_minmax_tuning: bool = True
-    enable_norm_bias_tuning: bool = False
+    enable_norm_bias_tuning: bool = True
     selection_samples: int = 16
     selection_every: int = 10
 

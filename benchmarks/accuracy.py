@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Perplexity, KL divergence, time and memory of this package beside auto-round 0.16.1, on the same data, runs interleaved.
+
+    python benchmarks/accuracy.py --model MODEL --calibration TEXT --test TEXT --schemes W2A16G32 W4A16 --peer PEER_PYTHON
+
+Each run is a process of its own with --threads threads; its time is that of quantizing and writing, without the imports.
+Both tools get the same rows of tokens. The judge loads every checkpoint in float32 through this package: perplexity on
+--test, and KL divergence to the float model on 32 rows of the calibration text that come after those tuned on.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+RUN = """
+import json, os, resource, sys, time
+os.environ["HF_HUB_OFFLINE"] = "1"  # or one of the tools waits for a network that is not needed
+job = json.loads(sys.argv[1])
+import torch
+torch.set_num_threads(job["threads"])
+import transformers.modeling_utils
+{tool}
+def cpu():
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+start, before = time.perf_counter(), cpu()
+quantize(job, torch.load(job["tokens"]))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+print("RESULT", json.dumps([time.perf_counter() - start, cpu() - before, peak]))
+"""
+OURS = """
+from hf_autoround import AutoRound
+recipes = {"rtn": "rtn", "opt_rtn": "opt-rtn", "light": "light", "default": "default", "best": "best"}
+def quantize(job, tokens):
+    extra = {"iters": job["iters"]} if job.get("iters") else {}
+    AutoRound(job["model"], scheme=job["scheme"], recipe=recipes[job["recipe"]], dataset=tokens, seqlen=tokens.shape[1],
+              nsamples=len(tokens), seed=job["seed"], disable_tqdm=True, **extra).quantize_and_save(job["out"])
+"""
+PEER = """
+from transformers import AutoTokenizer
+from auto_round import AutoRound
+recipes = {"rtn": dict(iters=0, disable_opt_rtn=True), "opt_rtn": dict(iters=0), "light": dict(iters=50, lr=5e-3),
+           "default": dict(iters=200), "best": dict(iters=1000)}
+def quantize(job, tokens):
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    AutoRound(job["model"], tokenizer, scheme=job["scheme"], dataset=[row[None] for row in tokens], seqlen=tokens.shape[1],
+              nsamples=len(tokens), batch_size=8, seed=job["seed"], **recipes[job["recipe"]]
+              ).quantize_and_save(job["out"], format="auto_round")
+"""
+
+
+def rows(tokenizer, text: Path, length: int, bos: bool):
+    """Return the text as rows of tokens, a BOS before each row if asked for."""
+    import torch
+
+    ids = torch.tensor(tokenizer(text.read_text(), add_special_tokens=False, verbose=False)["input_ids"])
+    cut = ids[: len(ids) // length * length].view(-1, length)
+    return torch.cat([torch.full((len(cut), 1), tokenizer.bos_token_id), cut], 1) if bos else cut
+
+
+class Judge:
+    """Scores checkpoints against the float model."""
+
+    def __init__(self, model: str, test, held_out) -> None:
+        from transformers import AutoModelForCausalLM
+
+        import hf_autoround  # noqa: F401
+
+        self.load = lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+        self.test, self.held_out = test, held_out
+        self.float_model = self.load(model)
+
+    def scores(self, folder: Path) -> tuple[float, float]:
+        """Return perplexity on the test rows and mean KL(float || quantized) per token of the held-out ones."""
+        import torch
+        from torch.nn import functional as F
+
+        from hf_autoround.evaluation import perplexity
+
+        model = self.load(folder)
+        if getattr(model, "hf_quantizer", None) is not None:
+            model = model.dequantize()
+        total = count = 0
+        with torch.inference_mode():
+            for batch in self.held_out.split(8):
+                p, q = (F.log_softmax(m(batch, use_cache=False).logits[:, :-1].float(), -1) for m in (self.float_model, model))
+                total += (p.exp() * (p - q)).sum().item()
+                count += p.shape[0] * p.shape[1]
+        return perplexity(model, self.test), total / count
+
+
+def run(python: str, tool: str, job: dict) -> list[float]:
+    """Run one tool in a process of its own; return wall seconds, CPU seconds and peak memory in MB."""
+    done = subprocess.run([python, "-c", RUN.format(tool=tool), json.dumps(job)], capture_output=True, text=True, check=False)
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT"):
+            return json.loads(line.removeprefix("RESULT"))
+    raise SystemExit(f"{job} failed:\n{done.stderr[-3000:]}")
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--model", required=True)
+    flags.add_argument("--calibration", type=Path, required=True)
+    flags.add_argument("--test", type=Path, required=True)
+    flags.add_argument("--schemes", nargs="+", default=["W2A16G32", "W3A16", "W4A16"])
+    flags.add_argument("--recipes", nargs="+", default=["rtn", "opt_rtn", "light", "default"])
+    flags.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    flags.add_argument("--nsamples", type=int, default=128)
+    flags.add_argument("--seqlen", type=int, default=256)
+    flags.add_argument("--windows", type=int, default=0, help="score the first N test rows only")
+    flags.add_argument("--bos", action="store_true", help="BOS before each test row")
+    flags.add_argument("--threads", type=int, default=1)
+    flags.add_argument("--iters", type=int, help="steps of our tuned runs, to compare at equal accuracy")
+    flags.add_argument("--peer", help="python of a virtual environment with auto-round 0.16.1")
+    args = flags.parse_args()
+
+    import torch
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    calibration = rows(tokenizer, args.calibration, args.seqlen, False)
+    test = rows(tokenizer, args.test, args.seqlen, args.bos)
+    judge = Judge(args.model, test[: args.windows or None], calibration[args.nsamples : args.nsamples + 32])
+    print(f"float: perplexity {judge.scores(Path(args.model))[0]:.3f}   {args.threads} thread(s), seeds {args.seeds}", flush=True)
+    print(
+        f"{'scheme':<10} {'recipe':<8} {'tool':<13} {'perplexity':>20} {'KL':>8} {'wall s':>8} {'CPU s':>8} {'peak MB':>8}",
+        flush=True,
+    )
+    tools = [("hf_autoround", sys.executable, OURS)] + ([("auto-round", args.peer, PEER)] if args.peer else [])
+    with tempfile.TemporaryDirectory() as work:
+        torch.save(calibration[: args.nsamples].clone(), f"{work}/tokens.pt")
+        for scheme in args.schemes:
+            for recipe in args.recipes:
+                results: dict[str, list] = {name: [] for name, _, _ in tools}
+                for seed in args.seeds if recipe in ("light", "default", "best") else args.seeds[:1]:
+                    for name, python, tool in tools:
+                        out = Path(work) / f"{name}-{scheme}-{recipe}-{seed}"
+                        job = {"model": args.model, "scheme": scheme, "recipe": recipe, "seed": seed, "threads": args.threads,
+                               "tokens": f"{work}/tokens.pt", "out": str(out), "iters": args.iters}  # fmt: skip
+                        usage = run(python, tool, job)
+                        folder = next(path.parent for path in sorted(out.rglob("config.json")))
+                        results[name].append((*judge.scores(folder), *usage))
+                for name, values in results.items():
+                    mean = [statistics.mean(column) for column in zip(*values, strict=True)]
+                    each = "/".join(f"{value[0]:.2f}" for value in values)
+                    shown = f"{mean[0]:.2f} ({each})" if len(values) > 1 else f"{mean[0]:.2f}"
+                    print(
+                        f"{scheme:<10} {recipe:<8} {name:<13} {shown:>26} {mean[1]:>8.4f} "
+                        f"{mean[2]:>8.1f} {mean[3]:>8.1f} {mean[4]:>8.0f}",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()

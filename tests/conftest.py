@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests share: quiet logs, no network, tiny models made once, and the optional folder of test data."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the Hub fails at once instead of trying for half a minute
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make
+from transformers.utils import logging
+
+import hf_autoround  # noqa: F401
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quiet():
+    torch.set_num_threads(2)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A function: architecture (and dtype) -> folder of a tiny model."""
+    made: dict = {}
+
+    def get(name: str, dtype: torch.dtype = torch.float32) -> Path:
+        if (name, dtype) not in made:
+            made[name, dtype] = make(name, tmp_path_factory.mktemp("models") / f"{name}-{str(dtype)[6:]}", dtype)
+        return made[name, dtype]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The optional folder of real models, texts and checkpoints."""
+    if not SHARED.is_dir():
+        pytest.skip("there is no folder of shared test data beside the project")
+    return SHARED

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of every data type: what ships is what was tuned, gradients arrive, the grid is a fixed point."""
+
+import pytest
+import torch
+
+from hf_autoround.numerics import DATA_TYPES, data_type, dequantize
+from hf_autoround.numerics.grouping import group, ungroup
+from hf_autoround.scheme import integer_scheme
+
+SPECS = [integer_scheme(bits, size, sym).weight for bits in range(2, 9) for size in (-1, 32, 48) for sym in (True, False)]
+SPECS_OF = {"int": SPECS}
+CASES = [(dtype, spec) for dtype in DATA_TYPES for spec in SPECS_OF[dtype.name]]
+
+
+def name(value):
+    return value.name if hasattr(value, "name") else f"{value.bits}b-g{value.group_size}-{'sym' if value.symmetric else 'asym'}"
+
+
+@pytest.fixture
+def weight():
+    return torch.randn(24, 80, generator=torch.Generator().manual_seed(1)) * 0.05
+
+
+def moved(tunables):
+    """Tunables that are not neutral, as tuning leaves them."""
+    generator = torch.Generator().manual_seed(2)
+    learned = {
+        part: (tensor + (torch.rand(tensor.shape, generator=generator) - 0.5) * 0.3).requires_grad_()
+        for part, tensor in tunables.learned().items()
+    }
+    return tunables.with_learned(learned)
+
+
+@pytest.mark.parametrize(("dtype", "spec"), CASES, ids=name)
+def test_what_ships_equals_what_was_tuned(dtype, spec, weight):
+    groups = group(weight, spec.granularity)
+    quantized = dtype.quantize(groups, spec, moved(dtype.neutral(groups, spec)))
+    assert torch.equal(dequantize(dtype.freeze(quantized, spec)), dequantize(quantized).detach())
+
+
+@pytest.mark.parametrize(("dtype", "spec"), CASES, ids=name)
+def test_gradients_reach_everything_that_is_learned(dtype, spec, weight):
+    groups = group(weight, spec.granularity)
+    tunables = moved(dtype.neutral(groups, spec))
+    (dequantize(dtype.quantize(groups, spec, tunables)) - groups).square().sum().backward()
+    for part, tensor in tunables.learned().items():
+        assert tensor.grad is not None and tensor.grad.abs().sum() > 0, part
+
+
+@pytest.mark.parametrize(("dtype", "spec"), CASES, ids=name)
+def test_quantizing_a_dequantized_weight_changes_nothing(dtype, spec, weight):
+    groups = group(weight, spec.granularity)
+    tunables = dtype.neutral(groups, spec)
+    once = dequantize(dtype.quantize(groups, spec, tunables))
+    assert torch.equal(dequantize(dtype.quantize(once, spec, tunables)), once)
+
+
+@pytest.mark.parametrize(("dtype", "spec"), CASES, ids=name)
+def test_the_search_is_never_worse_than_round_to_nearest(dtype, spec, weight):
+    groups = group(weight, spec.granularity)
+    importance = group(torch.rand(1, 80, generator=torch.Generator().manual_seed(3)) ** 4 + 1e-3, spec.granularity)
+
+    def error(tunables):
+        return ((dequantize(dtype.quantize(groups, spec, tunables)) - groups).square() * importance).sum(-1)
+
+    before, after = error(dtype.neutral(groups, spec)), error(dtype.search(groups, spec, importance))
+    assert (after <= before * (1 + 1e-5)).all()
+    if spec.bits <= 4:
+        assert after.sum() < 0.97 * before.sum()
+
+
+@pytest.mark.parametrize("spec", [integer_scheme(bits, 32, sym).weight for bits in (2, 4) for sym in (True, False)], ids=name)
+def test_a_compiled_quantizer_gives_the_same_bits(spec, weight):
+    dtype = data_type(spec)
+    groups = group(weight, spec.granularity)
+    tunables = moved(dtype.neutral(groups, spec))
+    # without emulated casts inductor drops the scale's way through float16
+    compiled = torch.compile(
+        lambda: dequantize(dtype.quantize(groups, spec, tunables)), options={"emulate_precision_casts": True}, dynamic=False
+    )
+    assert torch.equal(compiled(), dequantize(dtype.quantize(groups, spec, tunables)))
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_groups_of_zeros_stay_zero(sym):
+    spec = integer_scheme(4, 32, sym).weight
+    dtype = data_type(spec)
+    groups = group(torch.zeros(4, 64), spec.granularity)
+    for tunables in (dtype.neutral(groups, spec), dtype.search(groups, spec, None)):
+        assert torch.equal(dequantize(dtype.quantize(groups, spec, tunables)), groups)
+
+
+def test_the_largest_weight_falls_on_the_code_without_a_twin():
+    spec = integer_scheme(4, -1, True).weight
+    dtype = data_type(spec)
+    groups = group(torch.tensor([[0.1, -0.2, 0.8], [0.1, -0.8, 0.2]]), spec.granularity)
+    frozen = dtype.freeze(dtype.quantize(groups, spec, dtype.neutral(groups, spec)), spec)
+    assert frozen.elements[0, 0, 2] == -8 and frozen.elements[1, 0, 1] == -8
+    assert frozen.scale[0] < 0 < frozen.scale[1]
+
+
+@pytest.mark.parametrize("columns", [64, 80, 7])
+@pytest.mark.parametrize("size", [-1, 32, 48])
+def test_ungroup_undoes_group(columns, size):
+    granularity = integer_scheme(4, size).weight.granularity
+    weight = torch.randn(2, 5, columns)
+    assert torch.equal(ungroup(group(weight, granularity), columns), weight)
