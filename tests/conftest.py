@@ -19,7 +19,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 @pytest.fixture(autouse=True, scope="session")
 def quiet():
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

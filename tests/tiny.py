@@ -67,11 +67,11 @@ def make(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of the words w0 to w127."""
-    words = {f"w{index}": index for index in range(VOCABULARY)}
-    plain = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    """A tokenizer of the words w3 to w127."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{index}": index for index in range(3, VOCABULARY)}
+    plain = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="w1", eos_token="w2", pad_token="w0")
+    return PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
 def tokens(rows: int = 16, length: int = 24) -> torch.Tensor:

@@ -124,7 +124,8 @@ def _rows(documents: Iterable[Document], tokenizer: Any, nsamples: int, seqlen: 
 def _tokenized(documents: Iterable[Document], tokenizer: Any) -> Iterator[list[int]]:
     for number, document in enumerate(documents):
         if not isinstance(document, str):
-            ids = document.tolist() if isinstance(document, Tensor) else list(document)
+            ids = document.tolist() if isinstance(document, Tensor) else document
+            ids = list(ids) if isinstance(ids, list | tuple) else [ids]
             while ids and isinstance(ids[0], list):  # (1, T) is one row
                 ids = [token for row in ids for token in row]
             if not all(isinstance(token, int) for token in ids):

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RoundingTrainer and AutoRound: three spellings, one result; a Trainer's manners; mistakes answered before any work."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tokenizer, tokens
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from hf_autoround import AutoRound, RoundingArguments, RoundingTrainer
+from hf_autoround.cli.main import main
+from hf_autoround.errors import (
+    AutoRoundError,
+    CheckpointError,
+    MissingDependency,
+    OutputError,
+    UnknownName,
+    UnsupportedLayer,
+    UnsupportedScheme,
+)
+
+QUICK = {"iters": 3, "group_size": 32, "disable_tqdm": True}
+
+
+def trainer(model, folder, **arguments):
+    arguments = {**QUICK, **arguments}
+    dataset, callbacks = arguments.pop("train_dataset", tokens()), arguments.pop("callbacks", None)
+    return RoundingTrainer(
+        model, RoundingArguments(output_dir=str(folder), **arguments), train_dataset=dataset, callbacks=callbacks
+    )
+
+
+def test_three_spellings_and_a_model_in_memory_give_the_same_tensors(tiny_model, tmp_path):
+    folder = tiny_model("qwen3_moe")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{3 + place * 7 % 120}" for place in range(500)))
+    flags = "--scheme W3A16 --group_size 32 --iters 3 --nsamples 8 --seqlen 24 --disable_tqdm".split()
+    assert main(["--model", str(folder), "--output_dir", str(tmp_path / "cli"), "--dataset", str(text), *flags]) == 0
+    arguments = {"scheme": "W3A16", "nsamples": 8, "seqlen": 24, **QUICK}
+    AutoRound(str(folder), dataset=str(text), **arguments).quantize_and_save(tmp_path / "short", format="auto_round")
+    trainer(str(folder), tmp_path / "trainer", train_dataset=str(text), **arguments).train()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    AutoRound(model, tokenizer(), dataset=str(text), **arguments).quantize_and_save(tmp_path / "memory")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "the model was changed"
+    results = [load_file(tmp_path / name / "model.safetensors") for name in ("cli", "short", "trainer", "memory")]
+    for other in results[1:]:
+        assert other.keys() == results[0].keys()
+        assert all(torch.equal(tensor, results[0][name]) for name, tensor in other.items())
+    AutoModelForCausalLM.from_pretrained(tmp_path / "memory").generate(tokens(1, 4), max_new_tokens=3)
+
+
+def test_quantize_returns_the_model_and_save_quantized_writes_it_later(tiny_model, tmp_path):
+    rounding = AutoRound(
+        str(tiny_model("llama")), scheme={"bits": 4, "group_size": 32}, dataset=tokens(), iters=3, disable_tqdm=True
+    )
+    with pytest.raises(AutoRoundError, match="call quantize\\(\\) first"):
+        rounding.save_quantized(tmp_path / "early")
+    model, layers = rounding.quantize()
+    assert len(layers) == 21 and set(map(str, (scheme["bits"] for scheme in layers.values()))) == {"4"}
+    rounding.save_quantized(tmp_path / "saved", "auto_round")
+    rounding.quantize_and_save(tmp_path / "again", "fake")
+    rows = tokens(2, 10)
+    for name in ("saved", "again"):
+        other = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        torch.testing.assert_close(other(rows).logits, model(rows).logits, rtol=0, atol=1e-6)
+
+
+class Recorder(TrainerCallback):
+    def __init__(self):
+        self.events, self.logs, self.losses = [], [], []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.events.append(("begin", state.max_steps, state.num_train_epochs))
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.events.append(("block", kwargs["block"], state.epoch))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.events.append(("step", state.global_step))
+        self.losses.append(kwargs["loss"])
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.events.append(("done", state.epoch, state.global_step))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(logs)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.events.append(("end", state.global_step))
+
+
+def test_an_epoch_is_a_block_and_a_step_an_iteration(tiny_model, tmp_path):
+    recorder = Recorder()
+    run = trainer(str(tiny_model("llama")), tmp_path / "out", logging_steps=2, callbacks=[recorder])
+    output = run.train()
+    blocks = [
+        event
+        for place in range(3)
+        for event in (
+            ("block", f"model.layers.{place}", float(place)),
+            *(("step", 3 * place + step) for step in (1, 2, 3)),
+            ("done", place + 1.0, 3 * place + 3),
+        )
+    ]
+    assert recorder.events == [("begin", 9, 3), *blocks, ("end", 9)]
+    assert output.global_step == 9 and output.metrics["quantized_layers"] == 21 and output.training_loss > 0
+    assert [log["step"] for log in recorder.logs if "learning_rate" in log] == [2, 4, 6, 8]
+    assert all(loss == loss for loss in recorder.losses)
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["log_history"] == run.state.log_history
+    assert [entry["block"] for entry in state["log_history"] if "block" in entry] == [
+        f"model.layers.{place}" for place in range(3)
+    ]
+
+
+def test_a_callback_can_end_a_block_early(tiny_model, tmp_path):
+    class Enough(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step % 3 == 1:
+                control.should_epoch_stop = True
+
+    recorder = Recorder()
+    trainer(str(tiny_model("llama")), tmp_path / "out", callbacks=[recorder, Enough]).train()
+    assert [event[1] for event in recorder.events if event[0] == "step"] == [1, 4, 7]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"nblocks": 2},
+        {"momentum": 0.9},
+        {"enable_adam": True},
+        {"enable_minmax_tuning": False},
+        {"enable_norm_bias_tuning": False},
+        {"enable_quanted_input": False},
+        {"gradient_accumulate_steps": 2, "batch_size": 4},
+        {"lr": 0.02, "minmax_lr": 0.001},
+        {"low_gpu_mem_usage": True},
+        {"disable_amp": True},
+        {"iters": 0},
+        {"iters": 0, "disable_opt_rtn": True},
+        {"device_map": "auto"},
+        {"device_map": {"q_proj": "cpu"}},
+        {"device_map": ["cpu", "cpu"]},
+        {"sym": False},
+    ],
+    ids=str,
+)
+def test_every_tunable_changes_what_it_should(arguments, tiny_model, tmp_path):
+    model = tiny_model("llama", torch.bfloat16)
+    trainer(str(model), tmp_path / "plain", iters=6).train()
+    trainer(str(model), tmp_path / "other", **{"iters": 6, **arguments}).train()
+    plain, other = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "other"))
+    same = plain.keys() == other.keys() and all(torch.equal(plain[name], other[name]) for name in plain)
+    assert same == ("low_gpu_mem_usage" in arguments or "device_map" in arguments)
+
+
+def test_norms_are_tuned_by_default_and_keep_their_type(tiny_model, tmp_path):
+    model = tiny_model("llama", torch.bfloat16)
+    trainer(str(model), tmp_path / "out", iters=12, scheme="W2A16G32").train()
+    before, after = load_file(model / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    norms = [name for name in before if "layernorm" in name]
+    assert norms and all(after[name].dtype == torch.bfloat16 for name in norms)
+    assert any(not torch.equal(before[name], after[name]) for name in norms)
+    assert torch.equal(before["model.norm.weight"], after["model.norm.weight"])
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_the_head_is_quantized_when_asked_for(name, tiny_model, tmp_path):
+    model, folder = tiny_model(name), tmp_path / "out"
+    trainer(str(model), folder, quant_lm_head=True).train()
+    assert "lm_head.qweight" in load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config["extra_config"]["lm_head"] == {"bits": 4, "group_size": 32, "sym": True, "data_type": "int"}
+    rows = tokens(2, 12)
+    exact = AutoModelForCausalLM.from_pretrained(model)(rows).logits
+    packed = AutoModelForCausalLM.from_pretrained(folder)(rows).logits
+    assert 0 < ((packed - exact).norm() / exact.norm()).item() < 0.4
+
+
+def test_a_tied_head_is_refused(tiny_model, tmp_path):
+    with pytest.raises(UnsupportedLayer, match=r"lm_head of .* shares its weight with the input embedding"):
+        trainer(str(tiny_model("llama_tied")), tmp_path / "out", quant_lm_head=True).train()
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_without_tokens_are_rounded_and_reported(tiny_model, tmp_path):
+    run = trainer(str(tiny_model("qwen3_moe")), tmp_path / "out", train_dataset=torch.full((8, 8), 5), iters=4)
+    run.train()
+    blocks = [entry for entry in run.state.log_history if "block" in entry]
+    assert "experts" not in blocks[0] and "2 none" in blocks[1]["experts"]
+    logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens(2, 10)).logits
+    assert torch.isfinite(logits).all()
+
+
+def test_datasets_and_names_are_taken(tiny_model, tmp_path):
+    data = datasets.Dataset.from_dict({"text": ["w5 w6 w7 w8 w9 w10"] * 40})
+    run = trainer(str(tiny_model("llama")), tmp_path / "out", train_dataset=data, nsamples=4, seqlen=16)
+    run.train()
+    assert "4 x 16 tokens of a Dataset" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_model_card_says_how_it_was_made(tiny_model, tmp_path):
+    trainer(str(tiny_model("llama")), tmp_path / "out", seed=5).train()
+    card = (tmp_path / "out" / "README.md").read_text()
+    for part in (
+        "library_name: transformers",
+        "- auto-round",
+        "| iters | 3 |",
+        "| seed | 5 |",
+        "16 x 24 tokens",
+        "21 x W4A16G32",
+    ):
+        assert part in card, part
+    assert card.count("| model.layers.") == 3 and str(tmp_path) not in card
+
+
+def test_save_model_copies_and_push_needs_a_name(tiny_model, tmp_path):
+    run = trainer(str(tiny_model("llama")), tmp_path / "out")
+    with pytest.raises(AutoRoundError, match="call train\\(\\) first"):
+        run.save_model(tmp_path / "copy")
+    run.train()
+    run.save_model(tmp_path / "copy")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+    with pytest.raises(AutoRoundError, match="push_to_hub needs a repository"):
+        run.push_to_hub()
+
+
+def refused(error, match, model, folder, **arguments):
+    with pytest.raises(error, match=match):
+        trainer(str(model), folder, **arguments).train()
+
+
+def test_mistakes_are_answered_before_any_work(tiny_model, tmp_path):
+    model, out = tiny_model("llama"), tmp_path / "out"
+    refused(UnknownName, "no format is called 'auto_rond'; did you mean auto_round", model, out, format="auto_rond")
+    refused(UnknownName, "no scheme is called", model, out, scheme="W4")
+    refused(UnsupportedScheme, "bits=1 is not supported", model, out, bits=1)
+    refused(UnsupportedScheme, "BF16 leaves every layer as it is", model, out, scheme="BF16", group_size=None)
+    refused(AutoRoundError, "layer_config is not a dict", model, out, layer_config="{'q_proj'")
+    refused(AutoRoundError, "max_shard_size='big' is no size", model, out, max_shard_size="big")
+    refused(AutoRoundError, "this machine has no accelerator|there are", model, out, device_map=7)
+    refused(AutoRoundError, "'gpu', which is no device", model, out, device_map="gpu")
+    refused(MissingDependency, "report_to", model, out, report_to=["wandb"])
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"iters": -1}, "iters=-1: it has to be a whole number, 0 or more"),
+        ({"lr": 0.0}, r"lr=0\.0: a rate has to be above 0"),
+        ({"momentum": 1.0}, r"momentum=1\.0"),
+        ({"nblocks": 0}, "nblocks=0"),
+    ],
+)
+def test_arguments_that_cannot_be_meant(arguments, match):
+    with pytest.raises(AutoRoundError, match=match):
+        RoundingArguments(**arguments)
+
+
+def test_a_folder_of_somebody_elses_files_is_refused(tiny_model, tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    refused(OutputError, r"is not empty \(thesis.tex\); give another --output_dir", tiny_model("llama"), tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "x"
+    (tmp_path / "file").write_text("x")
+    refused(OutputError, "is a file; give a folder", tiny_model("llama"), tmp_path / "file")
+    done = tmp_path / "done"
+    trainer(str(tiny_model("llama")), done).train()
+    refused(OutputError, "is not empty", tiny_model("llama"), done)
+
+
+def test_a_disk_too_small_is_found_before_the_work(tiny_model, tmp_path, monkeypatch):
+    import shutil
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1))
+    refused(OutputError, r"needs 0\.\d GB and its disk has 0\.0 GB free; make room", tiny_model("llama"), tmp_path / "out")
+
+
+def test_a_disk_that_fills_up_leaves_no_checkpoint_and_keeps_the_journal(tiny_model, tmp_path, monkeypatch):
+    import errno
+    import os
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model, out = tiny_model("llama"), tmp_path / "out"
+    with monkeypatch.context() as patched:
+        calls = []
+        original = os.pwrite
+        patched.setattr(os, "pwrite", lambda *a: full() if len(calls) > 9 else (calls.append(1), original(*a))[1])
+        refused(OutputError, "No space left on device; make room on that disk", model, out)
+    assert [path.name for path in out.iterdir()] == [".autoround-journal"]
+    trainer(str(model), out).train(resume_from_checkpoint=True)
+    AutoModelForCausalLM.from_pretrained(out)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"iters": 0, "disable_opt_rtn": True}], ids=["tuned", "rtn"])
+def test_nan_in_weights_names_the_layer(arguments, tiny_model, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    refused(CheckpointError, r"model\.layers\.1\.mlp\.up_proj.* holds NaN", tmp_path / "model", tmp_path / "out", **arguments)
+    assert not list(Path(tmp_path / "out").rglob("config.json"))
+
+
+def test_overflowing_activations_name_the_block(tiny_model, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.down_proj.weight"].fill_(3e38)
+    save_file(tensors, file, {"format": "pt"})
+    refused(AutoRoundError, r"outputs of model\.layers\.1 hold NaN or infinity", tmp_path / "model", tmp_path / "out")
+
+
+def test_a_folder_without_tokenizer_needs_token_ids(tiny_model, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny_model("llama"), tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    refused(
+        AutoRoundError,
+        "need a tokenizer and the model folder has none",
+        tmp_path / "model",
+        tmp_path / "a",
+        train_dataset=["x"] * 9,
+    )
+    trainer(str(tmp_path / "model"), tmp_path / "b").train()
