@@ -27,7 +27,7 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-_PORTION = 128 << 20
+_PORTION = 32 << 20
 _SAMPLE = 1 << 16  # bytes hashed at each of a few places of a file: enough to tell two checkpoints apart
 
 
@@ -63,7 +63,7 @@ class CheckpointFolder:
         self.entries = _read_entries(folder)
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield (key, tensor), file by file, reopening the file every 128 MB of what was read from it.
+        """Yield (key, tensor), file by file, reopening the file every 32 MB of what was read from it.
 
         Raises CheckpointError naming the file that cannot be read.
         """

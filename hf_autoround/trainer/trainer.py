@@ -54,7 +54,7 @@ class RoundingTrainer:
         self.model, self.args = model, args or RoundingArguments()
         self.train_dataset, self.processing_class = train_dataset, processing_class
         own: list[Any] = [DefaultFlowCallback, *self._reports(), RoundingProgress, BlockLines]
-        self.callback_handler = CallbackHandler([*own, *(callbacks or [])], None, processing_class, None, None)
+        self.callback_handler = self._handler([*own, *(callbacks or [])])
         self.state, self.control = TrainerState(), TrainerControl()
         self.run: Run | None = None
         self.control = self.callback_handler.on_init_end(self.args, self.state, self.control)
@@ -228,4 +228,10 @@ class RoundingTrainer:
         try:
             return get_reporting_integration_callbacks(self.args.report_to)
         except (ValueError, ImportError) as error:
+            raise MissingDependency(f"report_to={self.args.report_to}: {error}") from error
+
+    def _handler(self, callbacks: list[Any]) -> CallbackHandler:
+        try:
+            return CallbackHandler(callbacks, None, self.processing_class, None, None)
+        except RuntimeError as error:  # integrations look for their package when they are made
             raise MissingDependency(f"report_to={self.args.report_to}: {error}") from error

@@ -2,16 +2,43 @@
 """Round to nearest: neutral tunables. Needs no data."""
 
 import torch
+from torch import Tensor
 
+from hf_autoround.layers.sites import QuantizedLayer, oriented
+from hf_autoround.numerics import QuantizedTensor
 from hf_autoround.tuning.task import BlockResult, BlockTask, OnStep, TunableWeight, TuningSettings
+
+_CHUNK = 1 << 21  # elements rounded at once: the scratch memory is a few copies of this many floats
 
 
 @torch.no_grad()
-def nearest(weight: TunableWeight):  # noqa: ANN201
-    """Return one parameter rounded to nearest."""
-    return weight.finished(weight.data_type.neutral(weight.groups(), weight.spec))
+def nearest(weight: TunableWeight) -> QuantizedLayer:
+    """Return one parameter rounded to nearest, a few rows at a time."""
+    values = oriented(weight.parameter, weight.transposed)
+    rows = max(1, _CHUNK * values.shape[-2] // values.numel())
+    parts = []
+    for chunk in values.split(rows, dim=-2):
+        part = TunableWeight(chunk, False, weight.scheme)
+        parts.append(part.finished(part.data_type.neutral(part.groups(), part.spec)))
+    return QuantizedLayer(_join([part.tensor for part in parts]), parts[0].columns, weight.scheme)
 
 
 def round_to_nearest(task: BlockTask, settings: TuningSettings, on_step: OnStep) -> BlockResult:
     """Round every weight of the block to nearest."""
     return BlockResult({name: nearest(weight) for name, weight in task.weights.items()})
+
+
+def _join(parts: list[QuantizedTensor]) -> QuantizedTensor:
+    """Put rows ([E,] O, G, S) together again."""
+
+    def joined(pick: list[Tensor | None]) -> Tensor | None:
+        return None if pick[0] is None else torch.cat([tensor for tensor in pick if tensor is not None], dim=-3)
+
+    elements, scale = joined([part.elements for part in parts]), joined([_plain(part.scale) for part in parts])
+    assert elements is not None and scale is not None
+    return QuantizedTensor(elements, scale, joined([part.zero_point for part in parts]))
+
+
+def _plain(scale: Tensor | QuantizedTensor) -> Tensor:
+    assert isinstance(scale, Tensor)
+    return scale
