@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that auto-round 0.16.1 wrote: ours loads them with the weights the file holds, and writes the same tensors."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_autoround import AutoRound
+from hf_autoround.layers.packed_linear import PackedLinear
+
+# folder: (float model, arguments of the same plain round to nearest, relative error of its weights)
+GOLDEN = {
+    "llama_w4_mf": ("llama", {"scheme": "W4A16"}, 0.104),
+    "llama_w3_ar": ("llama", {"scheme": "W3A16"}, 0.208),
+    "llama_w8_ar": ("llama", {"scheme": "W8A16"}, 0.0065),
+    "llama_w2g32_ar": ("llama", {"scheme": "W2A16G32"}, 0.364),
+    "llama_w2g32asym_ar": ("llama", {"scheme": "W2A16G32", "sym": False}, 0.408),
+    "llama_w4asym_ar": ("llama", {"scheme": "W4A16", "sym": False}, 0.101),
+    "mf_w4asym": ("llama", None, 0.101),  # the same numbers as llama_w4asym_ar in another layout
+    "mf_w2asym": ("llama", None, None),
+    "llama_w4_mixed": (
+        "llama",
+        {
+            "scheme": "W4A16",
+            "layer_config": {"k_proj": {"bits": 2, "group_size": 32}, "layers.0.self_attn.q_proj": {"bits": 8, "group_size": 32}},
+            "ignore_layers": ["o_proj", "down_proj"],
+        },
+        None,
+    ),
+    "moe_w4": ("qwen3moe", {"scheme": "W4A16"}, 0.104),
+}
+
+
+def checkpoint(shared, name):
+    return next(path.parent for path in sorted((shared / "golden" / name).rglob("config.json")))
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_ours_loads_it_with_the_right_weights(name, shared):
+    source, _, expected = GOLDEN[name]
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(shared, name), dtype=torch.float32)
+    exact = load_file(shared / "golden" / source / "model.safetensors")
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, PackedLinear)}
+    assert layers
+    for path, layer in layers.items():
+        weight = exact[f"{path}.weight"].float()
+        error = ((layer.dequantized() - weight).norm() / weight.norm()).item()
+        assert expected is None or error == pytest.approx(expected, rel=0.03), path
+        assert error < {2: 0.6, 4: 0.11, 3: 0.22, 8: 0.01}[layer.spec.bits]
+    assert torch.isfinite(model(torch.arange(3, 35)[None]).logits).all()
+
+
+@pytest.mark.parametrize("name", [name for name, (_, arguments, _) in GOLDEN.items() if arguments is not None])
+def test_our_round_to_nearest_equals_theirs_tensor_for_tensor(name, shared, tmp_path):
+    source, arguments, _ = GOLDEN[name]
+    AutoRound(str(shared / "golden" / source), recipe="rtn", disable_tqdm=True, **arguments).quantize_and_save(tmp_path / "out")
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    theirs = load_file(checkpoint(shared, name) / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    different = [key for key in ours if not torch.equal(ours[key], theirs[key])]
+    assert not different
+    config, other = (
+        json.loads((folder / "config.json").read_text())["quantization_config"]
+        for folder in (tmp_path / "out", checkpoint(shared, name))
+    )
+    for key in ("bits", "group_size", "sym", "data_type", "quant_method", "packing_format", "block_name_to_quantize"):
+        assert config[key] == other[key], key
+
+
+def test_a_file_that_contradicts_its_config_is_loaded_as_float_with_a_warning(shared, caplog, tmp_path):
+    folder = checkpoint(shared, "llama_w4_lmhead")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert "lm_head should have W4A16 by the checkpoint's config, but the file holds it as float" in caplog.text
+    rows = torch.arange(3, 35)[None]
+    logits = model(rows).logits
+    assert torch.isfinite(logits).all() and isinstance(model.lm_head, torch.nn.Linear)
+    model.save_pretrained(tmp_path / "mended")
+    caplog.clear()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "mended", dtype=torch.float32)
+    assert "should have" not in caplog.text, "what is saved says what it holds"
+    assert torch.equal(again(rows).logits, logits)
