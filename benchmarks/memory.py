@@ -43,8 +43,8 @@ def make_model(folder: Path, layers: int) -> None:
     """Write the checkpoint layer by layer: one shard for each eight layers."""
     import torch
     from safetensors.torch import save_file
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
     from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
 
     folder.mkdir(parents=True)
     config = LlamaConfig(
@@ -86,7 +86,7 @@ def make_model(folder: Path, layers: int) -> None:
 def peak(command: list[str]) -> tuple[float, float, float]:
     """Run a command; return peak RssAnon and RssFile in MB, and seconds."""
     started = time.time()
-    log = tempfile.TemporaryFile("w+")
+    log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (read after a failure, closed with the process)
     process = subprocess.Popen(command, stdout=log, stderr=log)
     anon = file = 0
     while process.poll() is None:

@@ -134,7 +134,8 @@ def _tokenized(documents: Iterable[Document], tokenizer: Any) -> Iterator[list[i
             continue
         if tokenizer is None:
             raise CalibrationError(
-                "calibration texts need a tokenizer and the model folder has none; pass processing_class=, or token ids as dataset"
+                "calibration texts need a tokenizer and the model folder has none; "
+                "pass processing_class=, or token ids as dataset"
             )
         ids = tokenizer(document, verbose=False)["input_ids"]
         separated = tokenizer.bos_token_id in ids[:1] or tokenizer.eos_token_id in ids[-1:]

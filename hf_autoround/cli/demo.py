@@ -37,13 +37,14 @@ def run(words: Sequence[str]) -> int:
     flags = Parser(prog="hf-autoround demo", description=(__doc__ or "").partition("\n\n")[2])
     flags.add_argument("--output_dir", metavar="FOLDER", help="Keep the models here; by default they are thrown away.")
     flags.add_argument("--steps", type=int, default=500, metavar="N", help="Training steps of the float model. [500]")
+    flags.add_argument("--iters", type=int, default=200, metavar="N", help="Tuning steps per block. [200]")
     args = flags.parse_args(list(words))
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory(prefix="autoround-demo-") as temporary, hidden_progress_bar():
         folder = Path(args.output_dir) if args.output_dir else Path(temporary)
         print(f"training a small Qwen3 language model on Python's manual: {args.steps} steps")
         held_out = train(folder / "float", args.steps)
-        print(compare(folder, held_out))
+        print(compare(folder, held_out, args.iters))
         print(f'\nW4A16, tuned, goes on from "The Python":{generated(folder / "W4A16-default")}')
     return 0
 
@@ -90,13 +91,16 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
 
 
-def compare(folder: Path, held_out: Tensor) -> str:
+def compare(folder: Path, held_out: Tensor, iters: int) -> str:
     """Quantize `folder/float` by every scheme and method; return the table."""
     rows = [_row("float", "", folder / "float", held_out, 16.0, 0.0)]
     for scheme in SCHEMES:
         for method in METHODS:
             target = folder / f"{scheme}-{method}"
-            arguments = recipe(method, scheme=scheme, output_dir=str(target), dataset="pydoc", seqlen=LENGTH, disable_tqdm=True)
+            steps = {"iters": iters} if method == "default" else {}
+            arguments = recipe(
+                method, scheme=scheme, output_dir=str(target), dataset="pydoc", seqlen=LENGTH, disable_tqdm=True, **steps
+            )
             started = time.time()
             trainer = RoundingTrainer(folder / "float", arguments)
             trainer.train()

@@ -22,8 +22,8 @@ _GROUPS = {
     "what to write": ("output_dir", "format", "max_shard_size", "hub_model_id", "hub_private_repo"),
     "numbers": ("scheme", "bits", "group_size", "layer_config", "ignore_layers", "quant_lm_head"),
     "tuning": (
-        "iters", "disable_opt_rtn", "lr", "minmax_lr", "momentum", "enable_adam", "enable_minmax_tuning", "enable_norm_bias_tuning",
-        "enable_quanted_input", "nblocks", "batch_size", "gradient_accumulate_steps", "seed",
+        "iters", "disable_opt_rtn", "lr", "minmax_lr", "momentum", "enable_adam", "enable_minmax_tuning",
+        "enable_norm_bias_tuning", "enable_quanted_input", "nblocks", "batch_size", "gradient_accumulate_steps", "seed",
     ),
     "calibration data": ("dataset", "nsamples", "seqlen"),
     "machine": ("device_map", "low_gpu_mem_usage", "disable_amp", "trust_remote_code"),

@@ -24,7 +24,7 @@ from hf_autoround.models.blocks import find_sites, model_parts
 from hf_autoround.models.checkpoint import stored_names
 from hf_autoround.models.experts import fused_experts
 from hf_autoround.models.loading import names_in_memory
-from hf_autoround.scheme import Scheme
+from hf_autoround.scheme import BF16, Scheme
 
 logger = logging.get_logger(__name__)
 
@@ -74,6 +74,8 @@ class AutoRoundHfQuantizer(HfQuantizer):
                 logger.warning(
                     f"{site.name} should have {scheme.name} by the checkpoint's config, but the file holds it as float: loaded so"
                 )
+                truth = dict(getattr(self.quantization_config, "extra_config", None) or {})
+                self.quantization_config.extra_config = truth | {site.name: BF16.to_dict()}
                 continue
             schemes[site] = scheme
         self.packed_parameters = {site.parameter for site in schemes}

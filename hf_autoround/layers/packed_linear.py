@@ -57,7 +57,7 @@ class PackedLinear(nn.Module):
         """Return the weight (O, I)."""
         return ungroup(dequantize(self.quantized()), self.in_features).to(dtype)
 
-    def forward(self, inputs: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, inputs: Tensor) -> Tensor:
         return self.kernel(self, inputs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -70,5 +70,5 @@ class PackedLinear(nn.Module):
 
         return super()._apply(move, recurse)
 
-    def extra_repr(self) -> str:  # noqa: D102
+    def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme.name}, {self.layout.name}, bias={self.bias is not None}"

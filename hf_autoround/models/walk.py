@@ -164,7 +164,8 @@ def _walk(model: PreTrainedModel, blocks: Sequence[nn.Module], row: Tensor, visi
         output = model.base_model(input_ids=row, use_cache=False)
     if visited != list(range(len(blocks))):
         raise UnsupportedLayer(
-            f"{type(model).__name__} cannot be quantized block by block: it does not call its {len(blocks)} blocks once each, in order"
+            f"{type(model).__name__} cannot be quantized block by block: "
+            f"it does not call its {len(blocks)} blocks once each, in order"
         )
     return output
 

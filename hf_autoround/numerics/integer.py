@@ -61,7 +61,8 @@ class Integer:
             start = torch.where(high < -low, -low, -high) / 2 ** (spec.bits - 1)
             return _tunables(groups, start, None)
         levels = 2**spec.bits - 1
-        start = (high - low) / levels
+        # in bfloat16, as other tools compute it from bfloat16 weights: the scale is then exact in a bfloat16 kernel too
+        start = _bfloat16(_bfloat16(high - low) / levels)
         zero_point = (-low / effective_scale(start)).round().clamp(0, levels)
         return _tunables(groups, start, zero_point)
 
@@ -115,6 +116,10 @@ def effective_scale(scale: Tensor) -> Tensor:
     rounded = round_to_float16(scale)
     floor = torch.where(rounded < 0, -SMALLEST_SCALE, SMALLEST_SCALE)
     return torch.where(rounded.abs() < SMALLEST_SCALE, round_to_float16(floor), rounded)
+
+
+def _bfloat16(values: Tensor) -> Tensor:
+    return values.bfloat16().float()
 
 
 def _tunables(groups: Tensor, start: Tensor, zero_point: Tensor | None) -> IntegerTunables:

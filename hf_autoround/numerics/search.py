@@ -36,18 +36,26 @@ def best_of_grid(
     weight = torch.ones((), device=groups.device) if importance is None else importance
     flat = [groups.flatten(0, -3), scale.flatten(0, -3)]
     flat.append(weight.broadcast_to(groups.shape).flatten(0, -3))
-    if zero_point is not None:
-        flat.append(zero_point.flatten(0, -3))
     rows = max(1, CHUNK // max(1, flat[0][0].numel()))
-    parts = [_best(*chunk, low, high, effective_scale) for chunk in zip(*(part.split(rows) for part in flat), strict=True)]
+    zeros = [None] * len(flat[0]) if zero_point is None else zero_point.flatten(0, -3).split(rows)
+    chunks = zip(*(part.split(rows) for part in flat), zeros, strict=False)
+    parts = [_best(*chunk, low, high, effective_scale) for chunk in chunks]
     best_scale = torch.cat([part[0] for part in parts]).view(scale.shape)
     return best_scale, None if zero_point is None else torch.cat([part[1] for part in parts]).view(scale.shape)
 
 
-def _best(groups, scale, weight, *rest):  # noqa: ANN001, ANN202
-    """Search one chunk of rows; `rest` is (zero_point?, low, high, effective_scale)."""
-    *zero_point, low, high, effective_scale = rest
-    start_zero = zero_point[0] if zero_point else torch.zeros_like(scale)
+def _best(
+    groups: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    zero_point: Tensor | None,
+    low: int,
+    high: int,
+    effective_scale: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Search one chunk of rows."""
+    lopsided = zero_point is None
+    start_zero = torch.zeros_like(scale) if zero_point is None else zero_point
 
     def candidate(scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         scale = effective_scale(scale)
@@ -61,11 +69,11 @@ def _best(groups, scale, weight, *rest):  # noqa: ANN001, ANN202
 
     lowest = groups.amin(-1, keepdim=True).clamp(max=0)
     best = candidate(scale, start_zero)[:3]
-    signs = (1.0,) if zero_point else (1.0, -1.0)
+    signs = (1.0, -1.0) if lopsided else (1.0,)
     for ratio in RATIOS:
         for sign in signs:
             zeros = [start_zero]
-            if zero_point:  # a smaller range is cut at one end, at both, or moved by a step
+            if not lopsided:  # a smaller range is cut at one end, at both, or moved by a step
                 cut = torch.div(lowest, -effective_scale(scale * ratio))
                 zeros = [cut, *(cut * ratio + step for step in (-1, 0, 1))]
             for zero in zeros:

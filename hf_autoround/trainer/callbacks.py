@@ -25,26 +25,26 @@ class RoundingProgress(TrainerCallback):
         self.bar: tqdm | None = None
         self.block = ""
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:  # noqa: D102
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not args.disable_tqdm:
             self.bar = tqdm(total=state.max_steps, unit="step", dynamic_ncols=True, disable=None)
 
-    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:  # noqa: D102
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.block = kwargs.get("block", self.block)
         if self.bar is not None:
             self.bar.set_description(self.block)
 
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:  # noqa: D102
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
             if kwargs.get("loss") is not None:
                 self.bar.set_postfix_str(f"loss {kwargs['loss']:.2e}", refresh=False)
 
-    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:  # noqa: D102
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:  # noqa: D102
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -53,7 +53,7 @@ class RoundingProgress(TrainerCallback):
 class BlockLines(TrainerCallback):
     """One log line for each block that is done."""
 
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:  # noqa: D102
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         if logs and "block" in logs:
             with tqdm.external_write_mode(file=sys.stderr):
                 logger.info(block_line(logs, kwargs.get("seconds")))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hf_autoround.trainer.trainer import RoundingTrainer
 
 
-class TrainingStopped(Exception):  # noqa: N818  (control flow, not an error)
+class TrainingStopped(Exception):
     """A callback asked to stop; its text names the last finished block."""
 
 

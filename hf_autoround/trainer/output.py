@@ -70,7 +70,8 @@ class OutputFolder:
             )
         if JOURNAL in there and not resume:
             raise OutputError(
-                f"{self.folder} holds an unfinished run; go on with it (--resume, resume_from_checkpoint=True) or remove the folder"
+                f"{self.folder} holds an unfinished run; go on with it (--resume, resume_from_checkpoint=True) "
+                "or remove the folder"
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +95,8 @@ class OutputFolder:
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise OutputError(
-                f"{self.folder} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; make room, or use another disk"
+                f"{self.folder} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; "
+                "make room, or use another disk"
             )
 
     def write(

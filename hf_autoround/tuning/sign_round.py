@@ -124,7 +124,7 @@ class SignSGD(torch.optim.Optimizer):
         super().__init__(params, {"lr": 0.0, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # noqa: D102
+    def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             for parameter in group["params"]:
                 gradient = parameter.grad

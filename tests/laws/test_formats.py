@@ -138,7 +138,7 @@ def test_what_a_format_cannot_store_is_kept_and_listed_or_refused_when_named(tin
     folder = tmp_path / "out"
     quantize(tiny_model("qwen3_moe"), folder, group_size=32)  # its routers have four rows
     model = tiny_model("llama")
-    with pytest.raises(UnsupportedScheme, match="fake cannot store .*one tensor"):
+    with pytest.raises(UnsupportedScheme, match=r"fake cannot store .*one tensor"):
         AutoRound(
             str(tiny_model("gpt_oss")), recipe="rtn", group_size=32, layer_config={"experts": {"bits": 8}}, disable_tqdm=True
         ).quantize_and_save(tmp_path / "no", "auto_round,fake")

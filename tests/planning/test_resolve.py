@@ -66,7 +66,7 @@ def test_what_formats_refuse_is_kept_or_an_error_if_it_was_named():
 
 
 def test_nothing_left_to_quantize_says_why():
-    with pytest.raises(UnsupportedLayer, match="no layer is left to quantize: .*ignore_layers"):
+    with pytest.raises(UnsupportedLayer, match=r"no layer is left to quantize: .*ignore_layers"):
         plan(ignore_layers=["model"])
 
 

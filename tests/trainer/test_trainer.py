@@ -38,7 +38,7 @@ def test_three_spellings_and_a_model_in_memory_give_the_same_tensors(tiny_model,
     folder = tiny_model("qwen3_moe")
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{3 + place * 7 % 120}" for place in range(500)))
-    flags = "--scheme W3A16 --group_size 32 --iters 3 --nsamples 8 --seqlen 24 --disable_tqdm".split()
+    flags = ["--scheme", "W3A16", "--group_size", "32", "--iters", "3", "--nsamples", "8", "--seqlen", "24", "--disable_tqdm"]
     assert main(["--model", str(folder), "--output_dir", str(tmp_path / "cli"), "--dataset", str(text), *flags]) == 0
     arguments = {"scheme": "W3A16", "nsamples": 8, "seqlen": 24, **QUICK}
     AutoRound(str(folder), dataset=str(text), **arguments).quantize_and_save(tmp_path / "short", format="auto_round")
