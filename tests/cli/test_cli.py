@@ -131,7 +131,7 @@ def test_recipes_have_commands(capsys):
 
 
 def test_the_demo_runs_and_tuning_helps(capsys, tmp_path):
-    assert run("demo", "--steps", "30", "--iters", "25", "--output_dir", str(tmp_path)) == 0
+    assert run("demo", "--steps", "120", "--iters", "25", "--output_dir", str(tmp_path)) == 0
     table = capsys.readouterr().out
     cells = [line.split() for line in table.splitlines() if line.startswith(("W4A16 ", "W2A16G64 "))]
     rows = {(scheme, method): float(score) for scheme, method, _, _, score, _ in cells}
