@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -45,6 +46,10 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "phi3": Phi3Config(**_SIZES, tie_word_embeddings=False),
     "gpt_oss": GptOssConfig(
         **_SIZES, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=8, tie_word_embeddings=False,
+    ),
+    "falcon": FalconConfig(
+        hidden_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2,
+        new_decoder_architecture=True, num_kv_heads=2,
     ),
     "gpt2": GPT2Config(
         n_embd=64, n_layer=3, n_head=4, vocab_size=VOCABULARY, n_positions=64, bos_token_id=1, eos_token_id=2,

@@ -63,8 +63,11 @@ class _InputWatcher(TorchFunctionMode):
 
     @torch.no_grad()
     def _record(self, inputs: Tensor, weight: Tensor) -> None:
-        name, parameter, _ = self.by_storage.get(weight.untyped_storage().data_ptr(), (None, None, None))
-        if name is None or parameter is None or weight.shape[-2:] != parameter.shape[-2:]:
+        name, parameter, transposed = self.by_storage.get(weight.untyped_storage().data_ptr(), (None, None, None))
+        if name is None or parameter is None:
+            return
+        columns = parameter.shape[-2 if transposed else -1]
+        if inputs.shape[-1] != columns or sorted(weight.shape[-2:]) != sorted(parameter.shape[-2:]):
             return
         squares = inputs.detach().reshape(-1, inputs.shape[-1]).float().square().sum(0)
         leading = parameter.shape[:-2]

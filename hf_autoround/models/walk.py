@@ -66,10 +66,11 @@ class BlockArguments:
 
 @dataclass(frozen=True)
 class Captured:
-    """The inputs of the first block, (N, T, H), and every block's own arguments."""
+    """The inputs of the first block, (N, T, H), every block's own arguments, and whether blocks return a tuple."""
 
     hidden: Tensor
     arguments: tuple[BlockArguments, ...]
+    returns_tuple: bool
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,15 @@ def capture(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor,
     Everything outside of the blocks (embeddings, norms) must be loaded; the blocks need no weights.
     Raises UnsupportedLayer if the model does not call each block once, in order, on (1, T, H) hidden states.
     """
+    try:
+        return _capture(model, blocks, tokens, device, returns_tuple=False)
+    except _TakesFirst:  # some models go on with the first element of what a block returns
+        return _capture(model, blocks, tokens, device, returns_tuple=True)
+
+
+def _capture(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor, device: torch.device, returns_tuple: bool
+) -> Captured:
     arguments = tuple(BlockArguments() for _ in blocks)
     firsts: list[Tensor] = []
 
@@ -124,17 +134,26 @@ def capture(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor,
                     f"{tuple(hidden.shape)}, not (batch, tokens, hidden)"
                 )
             firsts.append(hidden)
+        elif hidden.shape != firsts[-1].shape:
+            raise _TakesFirst
         arguments[place].add(args, kwargs, seen)
         return hidden
 
     for row in tokens:
         seen: dict[tuple[int, int], bool] = {}
-        _walk(model, blocks, row[None].to(device), record)
-    return Captured(torch.cat(firsts), arguments)
+        _walk(model, blocks, row[None].to(device), record, returns_tuple)
+    return Captured(torch.cat(firsts), arguments, returns_tuple)
 
 
 @torch.no_grad()
-def finish(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor, hidden: Tensor, device: torch.device) -> Tensor:
+def finish(
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    tokens: Tensor,
+    hidden: Tensor,
+    device: torch.device,
+    returns_tuple: bool = False,
+) -> Tensor:
     """Return what the head receives, (N, T, H), for hidden states (N, T, H) that have been through all blocks."""
     outputs = []
     for row, finished in zip(tokens, hidden, strict=True):
@@ -143,20 +162,26 @@ def finish(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor, 
             blocks,
             row[None].to(device),
             lambda place, state, args, kwargs: finished[None].to(device) if place == len(blocks) - 1 else state,  # noqa: B023
+            returns_tuple,
         )
         outputs.append(result.last_hidden_state.to(device=hidden.device, dtype=hidden.dtype))
     return torch.cat(outputs)
 
 
-def _walk(model: PreTrainedModel, blocks: Sequence[nn.Module], row: Tensor, visit: Any) -> Any:
+class _TakesFirst(Exception):
+    """The model took the first element of what a block returned."""
+
+
+def _walk(model: PreTrainedModel, blocks: Sequence[nn.Module], row: Tensor, visit: Any, returns_tuple: bool) -> Any:
     """Run the model without its head, calling `visit(place, hidden, args, kwargs)` in place of each block."""
     visited: list[int] = []
 
     def visitor(place: int) -> Any:
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
+        def forward(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
             hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
             visited.append(place)
-            return visit(place, hidden, args, kwargs)
+            output = visit(place, hidden, args, kwargs)
+            return (output,) if returns_tuple else output
 
         return forward
 

@@ -143,6 +143,7 @@ class _Walk:
         outside = self._load_outside()
         captured = capture(self.lazy.model, self.blocks, self.tokens, self.device)
         self._evict(outside)
+        self.returns_tuple = captured.returns_tuple
         self.arguments = dict(zip(self.parts.block_names, captured.arguments, strict=True))
         kept = torch.device("cpu") if self.settings.keep_on_cpu else self.device
         self.float_inputs = self.inputs = captured.hidden.to(kept)
@@ -157,7 +158,7 @@ class _Walk:
         if unit.key == "head":
             outside = self._load_outside()
             self.float_inputs, self.inputs = (
-                finish(self.lazy.model, self.blocks, self.tokens, hidden, self.device)
+                finish(self.lazy.model, self.blocks, self.tokens, hidden, self.device, self.returns_tuple)
                 for hidden in (self.float_inputs, self.inputs)
             )
             self._evict(outside)

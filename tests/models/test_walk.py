@@ -30,7 +30,7 @@ def test_blocks_run_one_by_one_give_the_models_own_hidden_states(name, chunked, 
     hidden = captured.hidden
     for block_name, block, arguments in zip(parts.block_names, blocks, captured.arguments, strict=True):
         hidden = BlockRunner((block_name,), (block,), (arguments,), CPU).all(hidden, {}, batch_size=4)
-    last = finish(lazy.model, blocks, rows, hidden, CPU)
+    last = finish(lazy.model, blocks, rows, hidden, CPU, captured.returns_tuple)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     expected = model.base_model(rows, use_cache=False).last_hidden_state
     torch.testing.assert_close(last, expected, rtol=2e-5, atol=2e-5)
