@@ -50,8 +50,9 @@ class AutoRound:
         self._journal: Journal | None = None
         self._workspace: tempfile.TemporaryDirectory[str] | None = None
 
-    def quantize_and_save(self, output_dir: str | Path = "autoround_output", format: str = "auto_round") -> str:  # noqa: A002
+    def quantize_and_save(self, output_dir: str | Path | None = None, format: str | None = None) -> str:  # noqa: A002
         """Quantize the model and write it to `output_dir` (several formats: to `output_dir/<format>`); return the folder."""
+        output_dir, format = output_dir or self.args.output_dir, format or self.args.format  # noqa: A001
         if self._journal is not None:
             return self.save_quantized(output_dir, format)
         args = dataclasses.replace(self.args, output_dir=str(output_dir), format=format)

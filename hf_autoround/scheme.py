@@ -7,7 +7,7 @@ The preset names are the ones the field uses: W4A16 is 4-bit weights, 16-bit act
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from hf_autoround.errors import UnsupportedScheme
@@ -85,7 +85,7 @@ def resolve_scheme(scheme: SchemeLike, base: Scheme | None = None, **overrides: 
 
     `scheme` is a preset name, a Scheme, or a dict with any of bits, group_size, sym, data_type and `scheme` (a preset to
     start from); what a dict leaves out comes from `base`. `overrides` are the same keys, those that are None left alone.
-    16 or more bits mean "leave it in 16 bits".
+    16 bits mean "leave it in 16 bits".
 
     Raises UnsupportedScheme or UnknownName.
     """
@@ -126,8 +126,3 @@ def _override(scheme: Scheme, given: Mapping[str, Any], base: Scheme | None) -> 
     if not isinstance(sym, bool):
         raise UnsupportedScheme(f"sym={sym!r} is not supported: it is True or False")
     return integer_scheme(bits, size, sym)
-
-
-def same_numbers(one: Scheme, other: Scheme) -> bool:
-    """Say whether two schemes differ in their names at most."""
-    return replace(one, name="") == replace(other, name="")

@@ -67,10 +67,14 @@ class ShardWriter:
     def close(self) -> None:
         """Flush the files and write the index; every tensor must have come."""
         assert not self.missing, f"never written: {sorted(self.missing)[:3]}"
-        for descriptor in self.files.values():
-            os.fsync(descriptor)
+        count = len(self.files)
+        for file, descriptor in self.files.items():
+            try:
+                os.fsync(descriptor)
+            except OSError as error:
+                raise _cannot_write(self.folder / file, error) from error
         self.abandon()
-        if len(self.files) > 1:
+        if count > 1:
             index = {
                 "metadata": {"total_size": self.total},
                 "weight_map": {name: place.file for name, place in sorted(self.places.items())},
@@ -78,9 +82,9 @@ class ShardWriter:
             (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     def abandon(self) -> None:
-        """Close the files as they are."""
-        for descriptor in self.files.values():
-            os.close(descriptor)
+        """Close the files that are open, as they are."""
+        while self.files:
+            os.close(self.files.popitem()[1])
 
     def _begin(self, file: str, tensors: Mapping[str, StoredTensor]) -> None:
         # wide types first, as the reference writer does, so that every tensor is aligned

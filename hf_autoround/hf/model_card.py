@@ -19,8 +19,8 @@ _USE = """```python
 import hf_autoround  # teaches transformers to load it
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```"""
 
 
@@ -48,7 +48,7 @@ def model_card(
         f"| calibration | {data or 'none: rounded to nearest'} |",
         f"| left in 16 bits | {_kept(plan)} |",
         "",
-        *([_USE.format(name=name), ""] if packed else []),
+        *([_USE, ""] if packed else []),
         *_errors(records),
     ]
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(lines).rstrip() + "\n"))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightConverter
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
@@ -54,9 +54,8 @@ class AutoRoundHfQuantizer(HfQuantizer):
         return False
 
     def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel | None = None) -> list:
-        """Drop the mergers of experts that are loaded packed, one by one."""
-        packed = getattr(self, "packed_parameters", set())
-        return [entry for entry in weight_conversions if not (isinstance(entry, WeightConverter) and _builds(entry, packed))]
+        """Leave them alone: those that merge experts match float weights only, and some layers' experts may be float."""
+        return weight_conversions
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
@@ -78,7 +77,6 @@ class AutoRoundHfQuantizer(HfQuantizer):
                 self.quantization_config.extra_config = truth | {site.name: BF16.to_dict()}
                 continue
             schemes[site] = scheme
-        self.packed_parameters = {site.parameter for site in schemes}
         backends: dict[str, int] = {}
 
         def packed_layer(site: WeightSite, bias: bool, dtype: torch.dtype) -> PackedLinear:
@@ -96,7 +94,9 @@ class AutoRoundHfQuantizer(HfQuantizer):
             module = model.get_submodule(path)
             if sites[0].expert is None:
                 bias = getattr(module, "bias", None) is not None
-                model.set_submodule(path, packed_layer(sites[0], bias, module.weight.dtype))
+                layer = packed_layer(sites[0], bias, module.weight.dtype)
+                layer.transposed = sites[0].transposed
+                model.set_submodule(path, layer)
             else:
                 layers = {_expert_place(site): packed_layer(site, False, module.get_parameter(leaf).dtype) for site in sites}
                 names = tuple(dict.fromkeys(name for _, name in layers))
@@ -118,11 +118,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
             restore_fused_experts(experts, kind)
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedLinear):
-                linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-                linear.weight = nn.Parameter(module.dequantized(kind))
-                if module.bias is not None:
-                    linear.bias = nn.Parameter(module.bias.detach().to(kind))
-                model.set_submodule(name, linear)
+                model.set_submodule(name, _plain_layer(module, kind))
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -152,15 +148,23 @@ def _spare_initialisation(model: PreTrainedModel, parameters: Iterable[str]) -> 
             parent = parent.rpartition(".")[0]
 
 
+def _plain_layer(packed: PackedLinear, dtype: torch.dtype) -> nn.Module:
+    """Return the Linear or Conv1D that a packed layer was made from, with the quantized numbers."""
+    weight = packed.dequantized(dtype)
+    with torch.device("meta"):
+        if packed.transposed:
+            plain: nn.Module = Conv1D(packed.out_features, packed.in_features)
+        else:
+            plain = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None)
+    plain.weight = nn.Parameter(weight.t().contiguous() if packed.transposed else weight)
+    if packed.bias is not None:
+        plain.bias = nn.Parameter(packed.bias.detach().to(dtype))
+    return plain
+
+
 def _expert_place(site: WeightSite) -> tuple[int, str]:
     assert site.expert is not None
     return site.expert, site.name.rpartition(".")[2]
-
-
-def _builds(converter: WeightConverter, parameters: Iterable[str]) -> bool:
-    """Say whether a converter would build one of these parameters out of per-expert weights."""
-    target = converter._original_target_patterns[0].lstrip(".^")
-    return any(parameter.endswith(target) for parameter in parameters)
 
 
 def _no_kernel(layer: PackedLinear, inputs: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = shape
         self.scheme, self.layout, self.kernel = scheme, layout, kernel
+        self.transposed = False  # whether it stands for a Conv1D, which stores (I, O)
         self.packed_names = tuple(layout.empty(self.spec, shape))
         for name, (size, kind) in layout.empty(self.spec, shape).items():
             self.register_parameter(name, nn.Parameter(torch.empty(size, dtype=kind), requires_grad=False))

@@ -28,7 +28,6 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _PORTION = 32 << 20
-_SAMPLE = 1 << 16  # bytes hashed at each of a few places of a file: enough to tell two checkpoints apart
 
 
 @dataclass(frozen=True)
@@ -94,20 +93,21 @@ class CheckpointFolder:
 
     def read_slice(self, key: str, index: int) -> Tensor:
         """Return `tensor[index]` without reading the rest of it."""
-        with safe_open(self.folder / (self.entries[key].file or ""), framework="pt") as handle:
-            return handle.get_slice(key)[index : index + 1][0]
+        path = self.folder / (self.entries[key].file or "")
+        try:
+            with safe_open(path, framework="pt") as handle:
+                return handle.get_slice(key)[index : index + 1][0]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read {path}: {error}; fetch that file again") from error
 
     def fingerprint(self) -> str:
-        """Return a digest of names, shapes and samples of every file's bytes: another checkpoint has another one."""
-        digest = hashlib.sha256()
-        for file in sorted({entry.file for entry in self.entries.values() if entry.file}):
-            path = self.folder / file
-            size = path.stat().st_size
-            digest.update(f"{file} {size}\n".encode())
-            with path.open("rb") as stream:
-                for place in range(16):
-                    stream.seek(size * place // 16)
-                    digest.update(stream.read(_SAMPLE))
+        """Return a digest of config.json and of every byte of the weights: another checkpoint has another one."""
+        digest = hashlib.blake2b()
+        for file in ["config.json", *sorted({entry.file for entry in self.entries.values() if entry.file})]:
+            digest.update(f"{file}\n".encode())
+            with (self.folder / file).open("rb") as stream:
+                while portion := stream.read(1 << 22):
+                    digest.update(portion)
         return digest.hexdigest()
 
 
@@ -128,10 +128,11 @@ class CheckpointInMemory:
         return self.tensors[key][index]
 
     def fingerprint(self) -> str:
-        """Return a digest of names, shapes and sums of every tensor."""
-        digest = hashlib.sha256()
+        """Return a digest of the names, shapes and every byte of the tensors."""
+        digest = hashlib.blake2b()
         for key, tensor in sorted(self.tensors.items()):
-            digest.update(f"{key} {tuple(tensor.shape)} {tensor.detach().double().sum().item()!r}\n".encode())
+            digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
         return digest.hexdigest()
 
 

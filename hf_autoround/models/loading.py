@@ -57,7 +57,10 @@ def open_model(model: str | Path | PreTrainedModel, *, trust_remote_code: bool =
     Raises CheckpointError or UnsupportedLayer before any weight is read.
     """
     if isinstance(model, PreTrainedModel):
-        tensors = revert_weight_conversion(model, {key: value.detach() for key, value in model.state_dict().items()})
+        own = {id(tensor): key for key, tensor in reversed(list(model.state_dict(keep_vars=True).items()))}
+        first = set(own.values())  # tied weights once, under their first name, as save_pretrained does
+        state = {key: value.detach() for key, value in model.state_dict().items() if key in first}
+        tensors = revert_weight_conversion(model, state)
         if any(tensor.device.type == "meta" for tensor in tensors.values()):
             raise CheckpointError("the model is partly offloaded; pass the folder or id that it was loaded from instead")
         config, checkpoint, name = model.config, CheckpointInMemory(tensors), model.name_or_path or type(model).__name__
@@ -99,7 +102,8 @@ def load_keys(lazy: LazyModel, keys: Iterable[str], device: torch.device, dtype:
         dtype=dtype,
         weight_mapping=conversions(lazy.model),
     )
-    with _own_types(lazy.model, dtype), hidden_progress_bar():
+    _take_dtype(lazy.model, dtype)
+    with hidden_progress_bar():
         info, _ = convert_and_load_state_dict_in_model(
             model=lazy.model, state_dict=state_dict, load_config=config, disk_offload_index=None
         )
@@ -153,7 +157,7 @@ def hidden_progress_bar() -> Iterator[None]:
 
 
 def _find_folder(model: str | Path) -> Path:
-    folder = Path(model)
+    folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1:
@@ -189,10 +193,8 @@ def _refuse_model(config: PretrainedConfig, name: str) -> None:
         raise UnsupportedLayer(f"{name} is a {config.model_type} model, which cannot be quantized: {reason}")
 
 
-@contextmanager
-def _own_types(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
-    """Let the loader cast to `dtype`: it casts to the type of the parameter that it replaces."""
+def _take_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give parameters that are not loaded yet `dtype`: the loader casts to the type of what it replaces."""
     for parameter in model.parameters():
         if parameter.device.type == "meta" and parameter.is_floating_point() and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
-    yield

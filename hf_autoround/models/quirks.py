@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Quirk:
-    """`refuse`: why the model cannot be quantized; `keep_float`: last parts of layer names that stay in 16 bits."""
+    """`refuse`: why the model cannot be quantized."""
 
     refuse: str | None = None
-    keep_float: tuple[str, ...] = ()
 
 
 _STATE_SPACE = "its state-space blocks use their projection weights outside of matrix products"

@@ -106,8 +106,12 @@ def stream_blocks(
                 result = journal.get(unit.key, walk.schemes)
                 record = journal.record(unit.key)
             else:
-                task = walk.task(place, unit, runner, statistics)
-                result = algorithm(task, tuning, lambda step, loss, lr: events.step_ends(place, step, loss, lr))  # noqa: B023
+                task = walk.task(place, runner, statistics)
+                result = (
+                    BlockResult({})
+                    if not task.weights
+                    else algorithm(task, tuning, lambda step, loss, lr: events.step_ends(place, step, loss, lr))
+                )
                 record = events.block_decided(place, unit.key, unit.names, result, statistics.rows)
                 journal.put(unit.key, result, record)
             if place + 1 < len(all_units):
@@ -132,8 +136,8 @@ class _Walk:
         self.device = settings.placement.main
         self.parameters = plan.parameters()
         self.schemes = {name: scheme for name, (scheme, _) in self.parameters.items()}
-        stored = lazy.checkpoint.entries[lazy.keys_under(parts.block_names[0])[0]].dtype
-        self.dtype, self.autocast = compute_types(stored, self.device, settings.amp)
+        self.stored = lazy.checkpoint.entries[lazy.keys_under(parts.block_names[0])[0]].dtype
+        self.dtype, self.autocast = compute_types(self.stored, self.device, settings.amp)
         if self.device.type == "cpu" and torch.bfloat16 in (self.dtype, self.autocast):
             use_chunked_attention(lazy.model)
         self.blocks = [lazy.model.get_submodule(name) for name in parts.block_names]
@@ -183,7 +187,7 @@ class _Walk:
         if not torch.isfinite(self.targets).all():
             raise CalibrationError(
                 f"the float model's outputs of {runner.names[-1]} hold NaN or infinity; "
-                "its weights are damaged, or its precision overflows: try model_dtype float32"
+                "its weights are damaged, or bfloat16 overflows: try disable_amp"
             )
         if watch and not same:
             with watch_inputs(weights, statistics):
@@ -192,7 +196,7 @@ class _Walk:
             self.float_inputs = self.targets  # not needed any more: give the memory back
         return statistics
 
-    def task(self, place: int, unit: Unit, runner: BlockRunner, statistics: InputStatistics) -> BlockTask:
+    def task(self, place: int, runner: BlockRunner, statistics: InputStatistics) -> BlockTask:
         """Return what the algorithm needs of a resident unit."""
         inputs, float_inputs, targets = self.inputs, self.float_inputs, self.targets
 
@@ -206,11 +210,11 @@ class _Walk:
             name: TunableWeight(tensor, transposed, self.schemes[name]) for name, tensor, transposed in self._weights(runner)
         }
         return BlockTask(
-            name=unit.key,
             seed=self.settings.seed * 1_000_003 + place,
             samples=len(self.tokens),
             weights=weights,
             norms=self._norms(runner, weights),
+            stored_dtype=self.stored,
             importance={name: squares.to(weights[name].parameter.device) for name, squares in statistics.squares.items()},
             run=lambda indices, replaced: runner(inputs[indices], indices, replaced),
             target=target,
@@ -221,7 +225,7 @@ class _Walk:
         """Move both chains behind the block."""
         assert self.targets is not None
         if self.settings.quantized_inputs:
-            weights = {name: tensor.to(self.device) for name, tensor in result.tuned.items()}
+            weights = {name: tensor.to(self.device, self.dtype) for name, tensor in result.tuned.items()}
             for name, tensor, transposed in self._weights(runner):
                 weights[name] = oriented(result.layers[name].weight(), transposed).to(tensor)
             self.inputs = runner.all(self.inputs, weights, self.tuning.batch_size)
@@ -250,6 +254,9 @@ class _Walk:
         inside = tuple(f"{name}." for name in (*self.parts.block_names, *([self.parts.head] if self.parts.head else [])))
         keys = [key for key, name in self.lazy.keys.items() if not name.startswith(inside)]
         load_keys(self.lazy, keys, self.device, self.dtype)
+        for name, tensor in self.lazy.model.named_parameters():
+            if tensor.device.type == "meta" and not name.startswith(inside):
+                raise CheckpointError(f"{self.lazy.name} holds no tensor for {name}")
         return [self.lazy.model]
 
     def _evict(self, modules: list[nn.Module]) -> None:

@@ -8,6 +8,7 @@ them again from the same numbers.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -34,7 +35,7 @@ class Journal:
     def __init__(self, folder: Path, signature: Mapping[str, Any]) -> None:
         self.folder, self.signature = folder, dict(signature)
 
-    def start(self, resume: bool) -> None:
+    def start(self) -> None:
         """Begin, or go on with what is there.
 
         Raises ResumeError naming each argument that differs from the unfinished run's.
@@ -43,15 +44,7 @@ class Journal:
         if manifest.exists():
             before = json.loads(manifest.read_text())
             now = json.loads(json.dumps(self.signature))
-            if not resume:
-                raise OutputError(
-                    f"{self.folder.parent} holds an unfinished run; go on with it (--resume, resume_from_checkpoint=True) "
-                    f"or remove {self.folder}"
-                )
-            differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-            if differing:
-                what = "; ".join(f"{key} was {_short(before.get(key))} and is {_short(now.get(key))}" for key in differing)
-                raise ResumeError(f"cannot resume {self.folder.parent}: {what}. Use the same arguments, or another folder")
+            refuse_other_arguments(self.folder.parent, before, now)
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(manifest, json.dumps(self.signature, indent=1, sort_keys=True).encode())
@@ -76,10 +69,10 @@ class Journal:
         partial = self._path(unit).with_suffix(".partial")
         try:
             save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, partial, metadata)
+            _flush(partial)
+            os.replace(partial, self._path(unit))
         except (SafetensorError, OSError) as error:
             raise OutputError(f"cannot write {partial}: {error}; what is finished is kept: make room and resume") from error
-        _flush(partial)
-        os.replace(partial, self._path(unit))
 
     def get(self, unit: str, schemes: Mapping[str, Scheme]) -> BlockResult:
         """Return a finished block; `schemes` are those of its parameters."""
@@ -110,6 +103,23 @@ class Journal:
 
     def _path(self, unit: str) -> Path:
         return self.folder / f"{unit}.safetensors"
+
+
+def refuse_other_arguments(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ResumeError naming each argument in which a run differs from the one that was started in `folder`."""
+    differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if differing:
+        what = "; ".join(f"{key} was {_short(before.get(key))} and is {_short(now.get(key))}" for key in differing)
+        raise ResumeError(f"cannot resume {folder}: {what}. Use the same arguments, or another folder")
+
+
+def digests(signature: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a signature with long values replaced by their digests: small enough to keep beside a finished model."""
+    short = {}
+    for key, value in json.loads(json.dumps(dict(signature))).items():
+        text = json.dumps(value, sort_keys=True)
+        short[key] = value if len(text) <= 80 else hashlib.sha256(text.encode()).hexdigest()
+    return short
 
 
 def write_atomically(path: Path, content: bytes) -> None:

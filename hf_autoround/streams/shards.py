@@ -84,6 +84,8 @@ def stream_checkpoint(
             name, site = source.sites[0]
             yield Item(name, finished(site, tensor), site)
         else:
+            if tensor.is_floating_point():
+                refuse_not_finite(key, tensor)
             other = tuned(lazy.keys[key])
             yield Item(key, tensor if other is None else other.to(tensor.dtype))
     for source in keys:

@@ -110,10 +110,18 @@ class RoundingArguments:
     world_size: int = field(default=1, init=False)
 
     def __post_init__(self) -> None:
-        self.report_to = [] if self.report_to in (None, "none", ["none"]) else list(self.report_to)
+        self.report_to = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or [])
+        self.report_to = [] if self.report_to == ["none"] else self.report_to
         if isinstance(self.ignore_layers, str):
             self.ignore_layers = [name.strip() for name in self.ignore_layers.split(",") if name.strip()]
-        for name, least in (("iters", 0), ("nblocks", 1), ("batch_size", 1), ("gradient_accumulate_steps", 1), ("nsamples", 1)):
+        for name, least in (
+            ("iters", 0),
+            ("nblocks", 1),
+            ("batch_size", 1),
+            ("gradient_accumulate_steps", 1),
+            ("nsamples", 1),
+            ("seed", 0),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise AutoRoundError(f"{name}={value!r}: it has to be a whole number, {least} or more")

@@ -42,7 +42,6 @@ class TrainerEvents:
         state, args = self.trainer.state, self.trainer.args
         state.global_step = place * self.steps_per_block + step + 1
         state.epoch = place + (step + 1) / self.steps_per_block
-        self._call("on_step_begin")
         self._call("on_step_end", loss=loss)
         if args.logging_steps and state.global_step % max(1, int(args.logging_steps)) == 0:
             entry = {"loss": loss, "learning_rate": lr, "epoch": state.epoch, "step": state.global_step}

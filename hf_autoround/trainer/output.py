@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_autoround.errors import OutputError
+from hf_autoround.errors import AutoRoundError, OutputError
 from hf_autoround.formats.base import Format
 from hf_autoround.formats.writer import CheckpointSink, checkpoint_names, manifest, write_config
 from hf_autoround.models.checkpoint import CheckpointFolder
@@ -47,11 +47,14 @@ class OutputFolder:
         """Where a format's checkpoint ends up."""
         return self.folder if len(self.formats) == 1 else self.folder / target.name
 
-    def finished(self) -> bool:
-        """Say whether an earlier run of ours is complete here."""
-        return (self.folder / "trainer_state.json").exists() and all(
-            (self.final(target) / "config.json").exists() for target in self.formats
-        )
+    def finished(self) -> dict[str, Any] | None:
+        """Return the state of an earlier run of ours that is complete here, or None."""
+        state = self.folder / "trainer_state.json"
+        whole = all((self.final(target) / "config.json").exists() for target in self.formats)
+        if self.journal.exists() or not state.exists() or not whole:
+            return None
+        shutil.rmtree(self.folder / DONE, ignore_errors=True)
+        return json.loads(state.read_text())
 
     def claim(self, resume: bool) -> None:
         """Make the folder ours, or refuse.
@@ -60,8 +63,6 @@ class OutputFolder:
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise OutputError(f"{self.folder} is a file; give a folder")
-        shutil.rmtree(self.folder / DONE, ignore_errors=True)
-        shutil.rmtree(self.folder / PARTIAL, ignore_errors=True)
         there = sorted(path.name for path in self.folder.iterdir()) if self.folder.exists() else []
         if there and JOURNAL not in there:
             more = ", ..." if len(there) > 3 else ""
@@ -73,6 +74,7 @@ class OutputFolder:
                 f"{self.folder} holds an unfinished run; go on with it (--resume, resume_from_checkpoint=True) "
                 "or remove the folder"
             )
+        shutil.rmtree(self.folder / PARTIAL, ignore_errors=True)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not os.access(self.folder, os.W_OK):
@@ -113,8 +115,10 @@ class OutputFolder:
         `companions(folder, format)` adds what belongs to a checkpoint besides weights and config (tokenizer, card).
         """
         partial = self.folder / PARTIAL
-        sinks = [CheckpointSink(partial / target.name, target, lazy, plan, keys, max_shard_size) for target in self.formats]
+        sinks: list[CheckpointSink] = []
         try:
+            for target in self.formats:
+                sinks.append(CheckpointSink(partial / target.name, target, lazy, plan, keys, max_shard_size))
             for item in items:
                 for sink in sinks:
                     sink.add(item)
@@ -122,10 +126,14 @@ class OutputFolder:
                 sink.close()
                 write_config(sink.folder, _model_config(lazy), target.config(plan, checkpoint_names(keys)))
                 companions(sink.folder, target)
-        except BaseException:
+        except BaseException as error:
             for sink in sinks:
                 sink.abandon()
             shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError) and not isinstance(error, AutoRoundError):
+                raise OutputError(
+                    f"cannot write to {self.folder}: {error}; what is finished is kept: mend it and resume"
+                ) from error
             raise
         for target in self.formats:
             self._move(partial / target.name, self.final(target))
@@ -162,4 +170,5 @@ def _model_config(lazy: LazyModel) -> dict[str, Any]:
     if isinstance(lazy.checkpoint, CheckpointFolder):
         return json.loads((lazy.checkpoint.folder / "config.json").read_text())
     config = lazy.model.config.to_dict()
-    return {**config, "architectures": [type(lazy.model).__name__]}
+    stored = next(entry.dtype for entry in lazy.checkpoint.entries.values() if entry.dtype.is_floating_point)
+    return {**config, "architectures": [type(lazy.model).__name__], "dtype": str(stored).removeprefix("torch.")}

@@ -52,6 +52,13 @@ class Run:
         """Say whether blocks are walked with data, or tensors rounded as they pass by."""
         return self.data is not None
 
+    def tokenizer_to_save(self, given: Any) -> Any:
+        """Return the tokenizer that belongs to the checkpoint: the given one, or that of a model in memory; None if the
+        model folder's own files are copied."""
+        if given is not None or isinstance(self.lazy.checkpoint, CheckpointFolder):
+            return self.processing_class if given is not None else None
+        return self.processing_class or _tokenizer(self.lazy, self.args.trust_remote_code)
+
     def signature(self) -> dict[str, Any]:
         """Return what decides the bytes of the result: a resumed run must have been started with the same."""
         args = self.args
@@ -67,6 +74,8 @@ class Run:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "model": self.lazy.checkpoint.fingerprint(),
+            "format": args.format,
+            "max_shard_size": self.max_shard_size,
             "scheme": self.plan.scheme.name,
             "layers": self.plan.to_dict(),
             "data": self.data.digest if self.data else None,
@@ -95,9 +104,11 @@ def prepare(model: str | Path | PreTrainedModel, args: RoundingArguments, train_
     parts = model_parts(lazy.model)
     plan = _plan(lazy, parts, scheme, args, formats)
     keys = source_keys(lazy, plan)
+    if isinstance(processing_class, str | Path):
+        processing_class = AutoTokenizer.from_pretrained(processing_class, trust_remote_code=args.trust_remote_code)
     data = None
     if args.algorithm != "rtn":
-        processing_class = processing_class or _tokenizer(lazy, args)
+        processing_class = processing_class or _tokenizer(lazy, args.trust_remote_code)
         config = lazy.model.config.get_text_config()
         data = calibration_set(
             args.dataset if train_dataset is None else train_dataset,
@@ -124,7 +135,10 @@ def _plan(lazy: LazyModel, parts: ModelParts, scheme: Scheme, args: RoundingArgu
     inside = [site for site in every if parts.block_of(site.name) is not None]
     layer_config = _layer_config(args.layer_config)
     head = [site for site in every if site.name == parts.head]
-    wanted = args.quant_lm_head or (parts.head in layer_config)
+    in_config = parts.head in layer_config and resolve_scheme(layer_config[parts.head], base=scheme).weight is not None
+    wanted = args.quant_lm_head or in_config
+    if not wanted and parts.head is not None:
+        layer_config.pop(parts.head, None)  # 16 bits is what it has anyway
     kept = list(other_matrices(lazy.model, parts, inside))
     if wanted:
         if not head:
@@ -145,7 +159,7 @@ def _plan(lazy: LazyModel, parts: ModelParts, scheme: Scheme, args: RoundingArgu
         blocks=parts.blocks,
         head=parts.head if wanted else None,
         layer_config=layer_config,
-        ignore_layers=[name for name in args.ignore_layers if wanted or not _is_head(name, parts)],
+        ignore_layers=[key for key in args.ignore_layers if wanted or not _means_head_alone(key, parts, inside)],
         keep_float=kept,
         refuse=refuse,
     )
@@ -156,9 +170,9 @@ def _plan(lazy: LazyModel, parts: ModelParts, scheme: Scheme, args: RoundingArgu
     return plan
 
 
-def _is_head(key: str, parts: ModelParts) -> bool:
-    """Say whether a user ignores the head, which is ignored anyway."""
-    return parts.head is not None and bool(matching(key, [parts.head]))
+def _means_head_alone(key: str, parts: ModelParts, inside: list[WeightSite]) -> bool:
+    """Say whether a key of `ignore_layers` means the head, which is ignored anyway, and nothing else."""
+    return parts.head is not None and bool(matching(key, [parts.head])) and not matching(key, [site.name for site in inside])
 
 
 def _layer_config(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
@@ -174,13 +188,13 @@ def _layer_config(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
     return dict(given)
 
 
-def _tokenizer(lazy: LazyModel, args: RoundingArguments) -> Any:
+def _tokenizer(lazy: LazyModel, trust_remote_code: bool) -> Any:
     """Load the model's tokenizer, or None if it has none (token ids need none)."""
     source = lazy.checkpoint.folder if isinstance(lazy.checkpoint, CheckpointFolder) else lazy.name
     if isinstance(source, Path) and not any(source.glob("tokenizer*")) and not any(source.glob("*.model")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         if not isinstance(source, Path):
             return None

@@ -23,7 +23,7 @@ from hf_autoround.errors import AutoRoundError, MissingDependency
 from hf_autoround.formats.base import Format
 from hf_autoround.hf.model_card import model_card
 from hf_autoround.streams.blocks import stream_blocks, units
-from hf_autoround.streams.journal import Journal
+from hf_autoround.streams.journal import Journal, digests, refuse_other_arguments
 from hf_autoround.streams.shards import FromJournal, Item, rounded, stream_checkpoint
 from hf_autoround.trainer.arguments import RoundingArguments
 from hf_autoround.trainer.callbacks import BlockLines, RoundingProgress
@@ -68,9 +68,11 @@ class RoundingTrainer:
         resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else bool(resume_from_checkpoint)
         started = time.time()
         run = self.prepare()
-        if resume and run.output.finished() and not run.output.journal.exists():
+        before = run.output.finished() if resume else None
+        if before is not None:
+            refuse_other_arguments(run.output.folder, before["signature"], digests(run.signature()))
             logger.info(f"{run.output.folder} is finished already")
-            return TrainOutput(0, 0.0, {})
+            return TrainOutput(before["global_step"], 0.0, {})
         journal = self.quantize(resume)
         self.write(run.output, journal)
         run.output.finish(self._final_state())
@@ -97,7 +99,7 @@ class RoundingTrainer:
         run.output.claim(resume)
         run.output.refuse_full_disk(run.lazy, run.plan, run.keys, journal=run.streams_blocks)
         journal = Journal(run.output.journal, run.signature())
-        journal.start(resume)
+        journal.start()
         steps_per_block = self.args.iters or 1
         all_units = units(run.parts, run.plan, self.args.nblocks)
         self.state.max_steps = steps_per_block * len(all_units) if run.streams_blocks else len(run.plan.sites)
@@ -124,7 +126,7 @@ class RoundingTrainer:
         run = self.prepare()
 
         def companions(folder: Path, target: Format) -> None:
-            copy_companions(run.lazy, folder, self.processing_class)
+            copy_companions(run.lazy, folder, run.tokenizer_to_save(self.processing_class))
             (folder / "README.md").write_text(self.create_model_card(target), encoding="utf-8")
 
         output.write(run.lazy, run.plan, run.keys, self._items(run, journal), run.max_shard_size, companions)
@@ -132,7 +134,7 @@ class RoundingTrainer:
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Copy the finished checkpoint(s) to another folder, as Trainer.save_model would write them there."""
         run = self.prepare()
-        if not run.output.finished():
+        if run.output.finished() is None:
             raise AutoRoundError(f"nothing is quantized in {run.output.folder} yet: call train() first")
         if output_dir is not None and Path(output_dir).expanduser().resolve() != run.output.folder.resolve():
             shutil.copytree(run.output.folder, Path(output_dir).expanduser(), dirs_exist_ok=True)
@@ -140,16 +142,21 @@ class RoundingTrainer:
     def push_to_hub(self, repo_id: str | None = None, commit_message: str = "Quantized with hf_autoround") -> str:
         """Upload the finished checkpoint and return its address."""
         from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
         run = self.prepare()
         name = repo_id or self.args.hub_model_id
         if name is None:
             raise AutoRoundError("push_to_hub needs a repository: pass repo_id, or hub_model_id in the arguments")
-        if not run.output.finished():
+        if run.output.finished() is None:
             raise AutoRoundError(f"nothing is quantized in {run.output.folder} yet: call train() first")
         api = HfApi()
-        repository = api.create_repo(name, private=self.args.hub_private_repo, exist_ok=True).repo_id
-        return str(api.upload_folder(repo_id=repository, folder_path=run.output.folder, commit_message=commit_message))
+        try:
+            repository = api.create_repo(name, private=self.args.hub_private_repo, exist_ok=True).repo_id
+            return str(api.upload_folder(repo_id=repository, folder_path=run.output.folder, commit_message=commit_message))
+        except (HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, ConnectionError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise AutoRoundError(f"cannot upload to {name}: {reason}. The model is whole in {run.output.folder}") from error
 
     def create_model_card(self, target: Format) -> str:
         """Return the README.md of a checkpoint in this format."""
@@ -218,6 +225,7 @@ class RoundingTrainer:
 
     def _final_state(self) -> dict[str, Any]:
         return {
+            "signature": digests(self.prepare().signature()),
             "global_step": self.state.global_step,
             "max_steps": self.state.max_steps,
             "num_train_epochs": self.state.num_train_epochs,

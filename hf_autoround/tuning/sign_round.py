@@ -83,7 +83,7 @@ class _State:
             name: weight.fake_quantized(self.groups[name], self.tunables[name]).to(weight.parameter.dtype)
             for name, weight in self.task.weights.items()
         }
-        return weights | {name: norm.to(self.task.norms[name].dtype) for name, norm in self.norms.items()}
+        return weights | {name: self._as_shipped(norm).to(self.task.norms[name].dtype) for name, norm in self.norms.items()}
 
     def step(self, micro_batches: list[Tensor], rate: float) -> float:
         """Do one step on these samples at `rate` (1 to 0) of the learning rates; return the loss before it."""
@@ -114,7 +114,10 @@ class _State:
             name: tunables.with_learned({part: tensor.detach().clone() for part, tensor in tunables.learned().items()})
             for name, tunables in self.tunables.items()
         }
-        return tunables, {name: norm.detach().to(self.task.norms[name].dtype).clone() for name, norm in self.norms.items()}
+        return tunables, {name: self._as_shipped(norm.detach()).clone() for name, norm in self.norms.items()}
+
+    def _as_shipped(self, norm: Tensor) -> Tensor:
+        return norm.to(self.task.stored_dtype)
 
 
 class SignSGD(torch.optim.Optimizer):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from hf_autoround.layers.sites import QuantizedLayer, oriented
@@ -22,10 +23,7 @@ from hf_autoround.scheme import Scheme, TensorSpec
 
 @dataclass(frozen=True)
 class TunableWeight:
-    """One parameter to quantize: its float values (as stored), whether they lie (I, O), and its scheme.
-
-    `rows` (E,) counts the calibration tokens that each expert saw; None for an ordinary weight.
-    """
+    """One parameter to quantize: its float values (as stored), whether they lie (I, O), and its scheme."""
 
     parameter: Tensor
     transposed: bool
@@ -65,14 +63,14 @@ class BlockTask:
 
     `run(indices, weights)` computes the block's outputs from the *quantized* chain's inputs of the samples `indices` (B,),
     with `weights` in place of its own; `target(indices)` are the float model's outputs. `norms` are the 1-D parameters
-    that may be tuned besides. `importance` holds sums of squared inputs, ([E,] 1, I).
+    that may be tuned besides, and ship as `stored_dtype`. `importance` holds sums of squared inputs, ([E,] 1, I).
     """
 
-    name: str
     seed: int
     samples: int
     weights: Mapping[str, TunableWeight]
     norms: Mapping[str, Tensor] = field(default_factory=dict)
+    stored_dtype: torch.dtype = torch.float32
     importance: Mapping[str, Tensor] = field(default_factory=dict)
     run: Callable[[Tensor, Mapping[str, Tensor]], Tensor] | None = None
     target: Callable[[Tensor], Tensor] | None = None

@@ -14,7 +14,7 @@ from hf_autoround.errors import UnsupportedScheme
 from hf_autoround.formats import FORMATS
 from hf_autoround.formats.auto_round import read_auto_round_config
 from hf_autoround.layers.sites import WeightSite
-from hf_autoround.scheme import PRESETS, integer_scheme, same_numbers
+from hf_autoround.scheme import PRESETS, integer_scheme
 
 SITE = WeightSite("layer", "layer.weight", (4096, 4096))
 CELLS = [
@@ -110,7 +110,7 @@ def test_the_config_says_what_the_file_holds(tiny_model, tmp_path):
     for name in packed:
         scheme = stored.scheme_of(name, inside_blocks=True)
         expected = 8 if "o_proj" in name else 2 if "layers.0.mlp" in name else 4
-        assert same_numbers(scheme, integer_scheme(expected, 32))
+        assert scheme == integer_scheme(expected, 32)
     for name in kept:
         assert stored.scheme_of(name, inside_blocks=name != "lm_head") is None and f"{name}.weight" in tensors
 

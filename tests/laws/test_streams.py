@@ -51,7 +51,7 @@ def test_the_shard_stream_equals_the_block_stream(name, tiny_model, tmp_path):
     lazy, parts, plan = planned(tiny_model(name))
     keys = source_keys(lazy, plan)
     journal = Journal(tmp_path / "journal", {})
-    journal.start(resume=False)
+    journal.start()
     stream_blocks(lazy, parts, plan, tokens(), ALGORITHMS["rtn"], TuningSettings(), StreamSettings(), journal, Silent())
     unit_of = {block: unit.key for unit in units(parts, plan, 1) for block in unit.names}
     results = FromJournal(journal, plan, lambda parameter: unit_of[parts.block_names[parts.block_of(parameter)]])
