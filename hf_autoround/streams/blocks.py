@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -107,11 +108,8 @@ def stream_blocks(
                 record = journal.record(unit.key)
             else:
                 task = walk.task(place, runner, statistics)
-                result = (
-                    BlockResult({})
-                    if not task.weights
-                    else algorithm(task, tuning, lambda step, loss, lr: events.step_ends(place, step, loss, lr))
-                )
+                on_step = partial(events.step_ends, place)
+                result = algorithm(task, tuning, on_step) if task.weights else BlockResult({})
                 record = events.block_decided(place, unit.key, unit.names, result, statistics.rows)
                 journal.put(unit.key, result, record)
             if place + 1 < len(all_units):

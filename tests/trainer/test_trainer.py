@@ -338,3 +338,104 @@ def test_a_folder_without_tokenizer_needs_token_ids(tiny_model, tmp_path):
         train_dataset=["x"] * 9,
     )
     trainer(str(tmp_path / "model"), tmp_path / "b").train()
+
+
+def test_experts_of_one_layer_may_stay_float(tiny_model, tmp_path):
+    trainer(str(tiny_model("qwen3_moe")), tmp_path / "out", ignore_layers=[r"layers\.1\..*experts"]).train()
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values()), report
+    exact = AutoModelForCausalLM.from_pretrained(tiny_model("qwen3_moe"))
+    assert torch.equal(model.model.layers[1].mlp.experts.down_proj, exact.model.layers[1].mlp.experts.down_proj)
+
+
+def test_a_block_may_stay_float_as_a_whole(tiny_model, tmp_path):
+    model = tiny_model("llama")
+    trainer(str(model), tmp_path / "out", ignore_layers=["layers.0."]).train()
+    before, after = load_file(model / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("model.layers.0."))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_key_that_means_more_than_the_head_is_not_dropped(tiny_model, tmp_path):
+    trainer(str(tiny_model("llama")), tmp_path / "out", ignore_layers=["lm_head|o_proj", "lm_head"]).train()
+    assert "model.layers.0.self_attn.o_proj.weight" in load_file(tmp_path / "out" / "model.safetensors")
+    tied = tiny_model("llama_tied")
+    trainer(str(tied), tmp_path / "tied", layer_config={"lm_head": {"bits": 16}}, iters=0, disable_opt_rtn=True).train()
+
+
+def test_nobody_elses_hidden_files_are_touched(tiny_model, tmp_path):
+    (tmp_path / ".partial").mkdir()
+    (tmp_path / ".partial" / "thesis.txt").write_text("x")
+    refused(OutputError, "is not empty", tiny_model("llama"), tmp_path)
+    assert (tmp_path / ".partial" / "thesis.txt").exists()
+
+
+def test_a_finished_run_is_left_alone_and_another_one_refused(tiny_model, tmp_path):
+    model = str(tiny_model("llama"))
+    trainer(model, tmp_path / "out").train()
+    (tmp_path / "out" / ".autoround-journal.done").mkdir()  # as a kill at the very end leaves it
+    assert trainer(model, tmp_path / "out").train(resume_from_checkpoint=True).global_step == 9
+    assert not (tmp_path / "out" / ".autoround-journal.done").exists()
+    with pytest.raises(AutoRoundError, match="seed was 42 and is 9"):
+        trainer(model, tmp_path / "out", seed=9).train(resume_from_checkpoint=True)
+
+
+def test_a_change_of_one_weight_is_another_model(tiny_model, tmp_path):
+    import shutil
+
+    from hf_autoround.models.loading import open_model
+
+    model = tiny_model("llama")
+    shutil.copytree(model, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][7, 7] += 1e-3
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    one, other = (open_model(folder).checkpoint.fingerprint() for folder in (model, tmp_path / "model"))
+    assert one != other
+    live = AutoModelForCausalLM.from_pretrained(model)
+    before = open_model(live).checkpoint.fingerprint()
+    live.model.norm.weight.data[0] += 1
+    assert open_model(live).checkpoint.fingerprint() != before
+
+
+def test_norms_ship_as_they_were_tuned_in_any_precision(tiny_model, tmp_path):
+    model = tiny_model("llama", torch.bfloat16)
+    trainer(str(model), tmp_path / "out", disable_amp=True, iters=12, scheme="W2A16G32").train()
+    assert load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.input_layernorm.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2"])
+def test_a_model_in_memory_is_written_like_its_folder(name, tiny_model, tmp_path):
+    folder = tiny_model(name, torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for source, out in ((str(folder), "folder"), (model, "memory")):
+        trainer(source, tmp_path / out).train()
+    one, other = (load_file(tmp_path / out / "model.safetensors") for out in ("folder", "memory"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert json.loads((tmp_path / "memory" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert (tmp_path / "memory" / "tokenizer.json").exists()
+
+
+def test_a_missing_tensor_and_a_damaged_embedding_are_named(tiny_model, tmp_path):
+    import shutil
+
+    embedding = "model.embed_tokens.weight"
+    damages = [
+        (lambda tensors: tensors.pop(embedding), f"holds no tensor for {embedding}", {}),
+        (lambda tensors: tensors[embedding].fill_(float("inf")), f"{embedding} holds NaN", {"iters": 0, "disable_opt_rtn": True}),
+    ]
+    for place, (damage, match, arguments) in enumerate(damages):
+        model = tmp_path / f"model-{place}"
+        shutil.copytree(tiny_model("llama"), model)
+        tensors = load_file(model / "model.safetensors")
+        damage(tensors)
+        save_file(tensors, model / "model.safetensors", {"format": "pt"})
+        refused(CheckpointError, match, model, tmp_path / f"out-{place}", **arguments)
+
+
+def test_a_conv1d_model_dequantizes_to_what_it_was(tiny_model, tmp_path):
+    trainer(str(tiny_model("gpt2")), tmp_path / "out").train()
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    logits = packed(tokens(2, 10)).logits
+    packed.dequantize().save_pretrained(tmp_path / "plain")
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "plain")(tokens(2, 10)).logits, logits)
