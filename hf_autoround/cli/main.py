@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -29,9 +30,14 @@ def main(arguments: Sequence[str] | None = None, recipe: str = "default") -> int
     """Run a command and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _run(words, recipe)
+        code = _run(words, recipe)
+        sys.stdout.flush()
+        return code
     except AutoRoundError as error:
         print(f"hf-autoround: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print("hf-autoround: interrupted; --resume goes on with what is finished", file=sys.stderr)

@@ -25,9 +25,16 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 
 
 def model_card(
-    source: str, plan: QuantPlan, recipe: Mapping[str, Any], data: str | None, records: Sequence[Mapping[str, Any]], packed: bool
+    source: str,
+    plan: QuantPlan,
+    recipe: Mapping[str, Any],
+    data: str | None,
+    records: Sequence[Mapping[str, Any]],
+    errors: Mapping[str, float],
+    packed: bool,
 ) -> str:
-    """Return README.md. `records` are the blocks' log entries, `data` says what they were calibrated on."""
+    """Return README.md. `records` are the blocks' log entries, `errors` each layer's relative error, `data` says what the
+    blocks were calibrated on."""
     name = Path(source).name
     metadata = ModelCardData(
         base_model=source if _on_hub(source) else None,
@@ -49,12 +56,28 @@ def model_card(
         f"| left in 16 bits | {_kept(plan)} |",
         "",
         *([_USE, ""] if packed else []),
-        *_errors(records),
+        *_block_errors(records),
+        *_layer_errors(errors),
     ]
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(lines).rstrip() + "\n"))
 
 
-def _errors(records: Sequence[Mapping[str, Any]]) -> list[str]:
+def _layer_errors(errors: Mapping[str, float]) -> list[str]:
+    """Return a line for each kind of layer: its last name, over all blocks."""
+    kinds: dict[str, list[tuple[float, str]]] = {}
+    for name, error in errors.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append((error, name))
+    rows = [
+        f"| {kind} | {len(found)} | {min(found)[0]:.4f} | {sum(error for error, _ in found) / len(found):.4f} "
+        f"| {max(found)[0]:.4f} | {max(found)[1]} |"
+        for kind, found in kinds.items()
+    ]
+    head = "How far weights are from their float values (norm of the difference over their norm):"
+    table = ["| layer | number | least | mean | most | which |", "|---|---|---|---|---|---|"]
+    return ["", head, "", *table, *rows] if rows else []
+
+
+def _block_errors(records: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = [record for record in records if record.get("loss_first") is not None]
     if not rows:
         return []

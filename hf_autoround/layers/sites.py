@@ -44,11 +44,15 @@ class WeightSite:
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """One site's (or one whole parameter's) result: frozen numbers, grouped ([E,] O, G, S), and their scheme."""
+    """One site's (or one whole parameter's) result: frozen numbers, grouped ([E,] O, G, S), and their scheme.
+
+    `error` is how far the whole parameter is from its float values: the norm of the difference over their norm.
+    """
 
     tensor: QuantizedTensor
     columns: int
     scheme: Scheme
+    error: float
 
     def weight(self) -> Tensor:
         """Return the float32 weight, ([E,] O, I)."""

@@ -63,9 +63,9 @@ class Journal:
             if layer.tensor.zero_point is not None:
                 tensors[f"{name}:zero_point"] = layer.tensor.zero_point
         tensors |= {f"{name}:tuned": tensor for name, tensor in result.tuned.items()}
-        columns = {name: layer.columns for name, layer in result.layers.items()}
+        layers = {name: (layer.columns, layer.error) for name, layer in result.layers.items()}
         losses = {"loss_first": result.loss_first, "loss_best": result.loss_best, "best_step": result.best_step}
-        metadata = {"columns": json.dumps(columns), "losses": json.dumps(losses), "record": json.dumps(dict(record))}
+        metadata = {"layers": json.dumps(layers), "losses": json.dumps(losses), "record": json.dumps(dict(record))}
         partial = self._path(unit).with_suffix(".partial")
         try:
             save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, partial, metadata)
@@ -84,8 +84,9 @@ class Journal:
                 QuantizedTensor(tensors[f"{name}:elements"], tensors[f"{name}:scale"], tensors.get(f"{name}:zero_point")),
                 columns,
                 schemes[name],
+                error,
             )
-            for name, columns in json.loads(metadata["columns"]).items()
+            for name, (columns, error) in json.loads(metadata["layers"]).items()
         }
         tuned = {key.removesuffix(":tuned"): tensor for key, tensor in tensors.items() if key.endswith(":tuned")}
         return BlockResult(layers, tuned, **json.loads(metadata["losses"]))

@@ -65,6 +65,7 @@ class TrainerEvents:
             "loss_first": result.loss_first,
             "loss_best": result.loss_best,
             "best_step": result.best_step,
+            "errors": {name.removesuffix(".weight"): round(layer.error, 5) for name, layer in result.layers.items()},
             "epoch": float(place + 1),
             "step": (place + 1) * self.steps_per_block,
         }

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from hf_autoround.errors import AutoRoundError, MissingDependency
 from hf_autoround.formats.base import Format
 from hf_autoround.hf.model_card import model_card
+from hf_autoround.layers.sites import QuantizedLayer
 from hf_autoround.streams.blocks import stream_blocks, units
 from hf_autoround.streams.journal import Journal, digests, refuse_other_arguments
 from hf_autoround.streams.shards import FromJournal, Item, rounded, stream_checkpoint
@@ -57,6 +58,7 @@ class RoundingTrainer:
         self.callback_handler = self._handler([*own, *(callbacks or [])])
         self.state, self.control = TrainerState(), TrainerControl()
         self.run: Run | None = None
+        self.errors: dict[str, float] = {}
         self.control = self.callback_handler.on_init_end(self.args, self.state, self.control)
 
     def train(self, resume_from_checkpoint: bool | None = None) -> TrainOutput:
@@ -169,9 +171,9 @@ class RoundingTrainer:
         if run.data is not None:
             recipe["seed"] = args.seed
         packed = target.config(run.plan, {}) is not None
-        return model_card(
-            run.lazy.name, run.plan, recipe, run.data.description if run.data else None, self.state.log_history, packed
-        )
+        data, history = run.data.description if run.data else None, self.state.log_history
+        errors = self.errors or {name: error for entry in history for name, error in entry.get("errors", {}).items()}
+        return model_card(run.lazy.name, run.plan, recipe, data, history, errors, packed)
 
     def log(self, logs: Mapping[str, Any], **kwargs: Any) -> None:
         """Tell callbacks and reports."""
@@ -203,7 +205,8 @@ class RoundingTrainer:
             yield from stream_checkpoint(run.lazy, run.keys, results.finished, results.tuned)
             return
         for item in stream_checkpoint(run.lazy, run.keys, rounded(run.plan, run.settings.placement.main)):
-            if item.site is not None:
+            if isinstance(item.content, QuantizedLayer):
+                self.errors[item.name] = round(item.content.error, 5)
                 self.state.global_step += 1
                 self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
             yield item

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Round to nearest: neutral tunables. Needs no data."""
 
+from math import hypot
+
 import torch
 from torch import Tensor
 
@@ -16,11 +18,14 @@ def nearest(weight: TunableWeight) -> QuantizedLayer:
     """Return one parameter rounded to nearest, a few rows at a time."""
     values = oriented(weight.parameter, weight.transposed)
     rows = max(1, _CHUNK * values.shape[-2] // values.numel())
-    parts = []
+    parts, sizes = [], []
     for chunk in values.split(rows, dim=-2):
         part = TunableWeight(chunk, False, weight.scheme)
         parts.append(part.finished(part.data_type.neutral(part.groups(), part.spec)))
-    return QuantizedLayer(_join([part.tensor for part in parts]), parts[0].columns, weight.scheme)
+        sizes.append(chunk.float().norm().item())
+    size = hypot(*sizes)
+    error = hypot(*(part.error * own for part, own in zip(parts, sizes, strict=True))) / size if size else 0.0
+    return QuantizedLayer(_join([part.tensor for part in parts]), parts[0].columns, weight.scheme, error)
 
 
 def round_to_nearest(task: BlockTask, settings: TuningSettings, on_step: OnStep) -> BlockResult:

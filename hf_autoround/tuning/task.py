@@ -52,9 +52,13 @@ class TunableWeight:
 
     def finished(self, tunables: Tunables) -> QuantizedLayer:
         """Return what ships under these tunables."""
-        quantized = self.data_type.quantize(self.groups(), self.spec, tunables)
+        groups = self.groups()
+        quantized = self.data_type.quantize(groups, self.spec, tunables)
         columns = self.parameter.shape[-2 if self.transposed else -1]
-        return QuantizedLayer(self.data_type.freeze(quantized, self.spec), columns, self.scheme)
+        frozen = self.data_type.freeze(quantized, self.spec)
+        size = groups.norm().item()
+        error = dequantize(frozen).sub_(groups).norm().item() / size if size else 0.0
+        return QuantizedLayer(frozen, columns, self.scheme, error)
 
 
 @dataclass(frozen=True)
