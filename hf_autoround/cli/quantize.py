@@ -98,7 +98,7 @@ def _add(group: Any, item: dataclasses.Field, recipe: dict[str, Any]) -> None:
     shown = "" if default in (None, False, dataclasses.MISSING) or "default" in text else f" [{default}]"
     aliases = ["--fp_layers"] if item.name == "ignore_layers" else []
     kind = str(item.type)
-    if kind == "bool":
+    if kind.startswith("bool"):
         if item.default is True:
             flag_type = argparse.BooleanOptionalAction
             group.add_argument(flag, action=flag_type, default=None, help=text)
