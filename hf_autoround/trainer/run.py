@@ -7,6 +7,7 @@ import ast
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,11 @@ class Run:
             return self.processing_class if given is not None else None
         return self.processing_class or _tokenizer(self.lazy, self.args.trust_remote_code)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """The digest of the source; reading every byte of a large checkpoint is done once."""
+        return self.lazy.checkpoint.fingerprint()
+
     def signature(self) -> dict[str, Any]:
         """Return what decides the bytes of the result: a resumed run must have been started with the same."""
         args = self.args
@@ -73,7 +79,7 @@ class Run:
             "version": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "model": self.lazy.checkpoint.fingerprint(),
+            "model": self.fingerprint,
             "format": args.format,
             "max_shard_size": self.max_shard_size,
             "scheme": self.plan.scheme.name,
