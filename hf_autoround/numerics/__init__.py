@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors in, tensors out: the number grids and how what is learned bends them.
 
-To add a data type: write `numerics/<name>.py` with `name`, `refuse`, `neutral`, `search`, `range_rate`, `quantize`
+To add a data type: write `numerics/<name>.py` with `name`, `neutral`, `search`, `range_rate`, `quantize`
 and `freeze`,
 and add it to DATA_TYPES. The law tests take it from there.
 """
@@ -22,7 +22,6 @@ class DataType(Protocol):
 
     name: str
 
-    def refuse(self, spec: TensorSpec) -> str | None: ...
     def neutral(self, groups: Tensor, spec: TensorSpec) -> Tunables: ...
     def search(self, groups: Tensor, spec: TensorSpec, importance: Tensor | None) -> Tunables: ...
     def range_rate(self, spec: TensorSpec) -> float: ...

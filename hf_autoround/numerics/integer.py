@@ -49,10 +49,6 @@ class Integer:
 
     name = "int"
 
-    def refuse(self, spec: TensorSpec) -> str | None:
-        """Return why these bits cannot be had, or None."""
-        return None if 2 <= spec.bits <= 8 else f"it has 2 to 8 bits, not {spec.bits}"
-
     def neutral(self, groups: Tensor, spec: TensorSpec) -> IntegerTunables:
         """Return the tunables of round to nearest: the scale covers the range of each group (..., G, S)."""
         low = groups.amin(-1, keepdim=True).clamp(max=0)
