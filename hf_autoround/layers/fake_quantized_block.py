@@ -28,10 +28,19 @@ def run_block(block: nn.Module, hidden: Tensor, args: tuple, kwargs: Mapping[str
 
 @dataclass
 class InputStatistics:
-    """Sums of squared inputs for each parameter, ([E,] 1, I) float32, and the rows that each expert saw."""
+    """What each parameter was multiplied with: sums of squares ([E,] 1, I) float32, how many rows (of each expert), and
+    some of the rows, evenly spaced: `samples[name, expert]` (expert 0 where there are none) is a list of (r, I)."""
 
     squares: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
+    samples: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
+
+    def inputs(self, name: str) -> list[Tensor]:
+        """Return the sampled rows (R, I) of a parameter, one tensor for each expert."""
+        squares = self.squares[name]
+        experts = squares.shape[0] if squares.ndim == 3 else 1
+        nothing = squares.new_empty(0, squares.shape[-1])
+        return [torch.cat(self.samples.get((name, expert), [nothing])) for expert in range(experts)]
 
 
 @contextmanager
@@ -69,18 +78,23 @@ class _InputWatcher(TorchFunctionMode):
         columns = parameter.shape[-2 if transposed else -1]
         if inputs.shape[-1] != columns or sorted(weight.shape[-2:]) != sorted(parameter.shape[-2:]):
             return
-        squares = inputs.detach().reshape(-1, inputs.shape[-1]).float().square().sum(0)
+        seen = inputs.detach().reshape(-1, inputs.shape[-1])
+        squares = seen.float().square().sum(0)
         leading = parameter.shape[:-2]
         total = self.statistics.squares.setdefault(name, torch.zeros(*leading, 1, squares.numel(), device=squares.device))
         rows = self.statistics.rows.setdefault(name, torch.zeros(leading, dtype=torch.long))
+        expert = (weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0) if leading else 0
         if leading:
-            expert = (weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0)
             total[expert, 0] += squares
-            rows[expert] += inputs.numel() // inputs.shape[-1]
+            rows[expert] += len(seen)
         else:
             total[0] += squares
-            rows += inputs.numel() // inputs.shape[-1]
+            rows += len(seen)
+        kept = _SAMPLES_EXPERT if leading else _SAMPLES
+        self.statistics.samples.setdefault((name, expert), []).append(seen[:: -(-len(seen) // kept) or 1].clone())
 
+
+_SAMPLES, _SAMPLES_EXPERT = 32, 4  # rows kept of each product: a few hundred in all, a fraction of the activations
 
 # which argument of each product is the weight: x @ w, addmm(bias, x, w)
 _PRODUCTS = {torch.matmul: 1, Tensor.matmul: 1, Tensor.__matmul__: 1, torch.mm: 1, torch.addmm: 2}

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors in, tensors out: the number grids and how what is learned bends them.
 
-To add a data type: write `numerics/<name>.py` with `name`, `neutral`, `search`, `range_rate`, `quantize`
-and `freeze`,
-and add it to DATA_TYPES. The law tests take it from there.
+To add a data type: write `numerics/<name>.py` with `name`, `neutral`, `search`, `candidates`,
+`range_rate`, `quantize` and `freeze`, and add it to DATA_TYPES. The law tests take it from there.
 """
 
 from typing import Any, Protocol
@@ -24,6 +23,7 @@ class DataType(Protocol):
 
     def neutral(self, groups: Tensor, spec: TensorSpec) -> Tunables: ...
     def search(self, groups: Tensor, spec: TensorSpec, importance: Tensor | None) -> Tunables: ...
+    def candidates(self, groups: Tensor, spec: TensorSpec, importance: Tensor | None) -> list[Tunables]: ...
     def range_rate(self, spec: TensorSpec) -> float: ...
     def quantize(self, groups: Tensor, spec: TensorSpec, tunables: Any, shared: Any = None) -> QuantizedTensor: ...
     def freeze(self, quantized: QuantizedTensor, spec: TensorSpec) -> QuantizedTensor: ...

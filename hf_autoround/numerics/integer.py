@@ -67,10 +67,23 @@ class Integer:
 
         `importance` (..., G, S), or broadcastable, weighs each element's error; None weighs all alike.
         """
+        return self._searched(groups, spec, importance, signs=(1.0, -1.0))
+
+    def candidates(self, groups: Tensor, spec: TensorSpec, importance: Tensor | None) -> list[IntegerTunables]:
+        """Return tunables among which each group may choose by the layer's own output, likeliest first.
+
+        The weighted search with the scale's sign kept and free, the search that weighs all inputs alike, and the range.
+        """
+        found = [self._searched(groups, spec, importance, signs=(1.0,))]
+        if spec.symmetric:
+            found.append(self.search(groups, spec, importance))
+        return [*found, self._searched(groups, spec, None, signs=(1.0,)), self.neutral(groups, spec)]
+
+    def _searched(self, groups: Tensor, spec: TensorSpec, importance: Tensor | None, signs: tuple[float, ...]) -> IntegerTunables:
         neutral = self.neutral(groups, spec)
         low, high = grid(spec)
         start, zero_point = best_of_grid(
-            groups, effective_scale(neutral.start), neutral.zero_point, low, high, importance, effective_scale
+            groups, effective_scale(neutral.start), neutral.zero_point, low, high, importance, effective_scale, signs
         )
         return _tunables(groups, start, zero_point)
 

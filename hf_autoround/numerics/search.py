@@ -27,11 +27,12 @@ def best_of_grid(
     high: int,
     importance: Tensor | None,
     effective_scale: Callable[[Tensor], Tensor],
+    signs: tuple[float, ...] = (1.0, -1.0),
 ) -> tuple[Tensor, Tensor | None]:
     """Return the best scale and zero point, (..., G, 1) each, on the integer grid low..high.
 
     `scale` and `zero_point` are round to nearest's; the result's weighted error is never above theirs.
-    `importance` is (..., G, S) or broadcastable.
+    `importance` is (..., G, S) or broadcastable. `signs` are tried where the grid is lopsided (no zero point).
     """
     weight = torch.ones((), device=groups.device) if importance is None else importance
     flat = [groups.flatten(0, -3), scale.flatten(0, -3)]
@@ -39,7 +40,7 @@ def best_of_grid(
     rows = max(1, CHUNK // max(1, flat[0][0].numel()))
     zeros = [None] * len(flat[0]) if zero_point is None else zero_point.flatten(0, -3).split(rows)
     chunks = zip(*(part.split(rows) for part in flat), zeros, strict=False)
-    parts = [_best(*chunk, low, high, effective_scale) for chunk in chunks]
+    parts = [_best(*chunk, low, high, effective_scale, signs) for chunk in chunks]
     best_scale = torch.cat([part[0] for part in parts]).view(scale.shape)
     return best_scale, None if zero_point is None else torch.cat([part[1] for part in parts]).view(scale.shape)
 
@@ -52,6 +53,7 @@ def _best(
     low: int,
     high: int,
     effective_scale: Callable[[Tensor], Tensor],
+    signs: tuple[float, ...],
 ) -> tuple[Tensor, Tensor]:
     """Search one chunk of rows."""
     lopsided = zero_point is None
@@ -69,9 +71,8 @@ def _best(
 
     lowest = groups.amin(-1, keepdim=True).clamp(max=0)
     best = candidate(scale, start_zero)[:3]
-    signs = (1.0, -1.0) if lopsided else (1.0,)
     for ratio in RATIOS:
-        for sign in signs:
+        for sign in signs if lopsided else (1.0,):
             zeros = [start_zero]
             if not lopsided:  # a smaller range is cut at one end, at both, or moved by a step
                 cut = torch.div(lowest, -effective_scale(scale * ratio))

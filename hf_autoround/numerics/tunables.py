@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 Rate = Literal["rounding", "range"]
@@ -36,6 +37,14 @@ class Tunables:
     def with_learned(self, tensors: dict[str, Tensor]) -> Tunables:
         """Return a copy with these tensors in place of its own."""
         return replace(self, **tensors)
+
+    def where(self, chosen: Tensor, other: Tunables) -> Tunables:
+        """Return a copy that takes from `other` the groups where `chosen` (..., G) is true."""
+        mask, taken = chosen.unsqueeze(-1), {}
+        for part in fields(self):
+            mine, theirs = getattr(self, part.name), getattr(other, part.name)
+            taken[part.name] = None if mine is None else torch.where(mask, theirs, mine)
+        return replace(self, **taken)
 
     def clamp_(self) -> None:
         """Bring the learned tensors back into the range where they mean something, in place."""

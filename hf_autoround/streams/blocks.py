@@ -214,6 +214,7 @@ class _Walk:
             norms=self._norms(runner, weights),
             stored_dtype=self.stored,
             importance={name: squares.to(weights[name].parameter.device) for name, squares in statistics.squares.items()},
+            inputs={name: statistics.inputs(name) for name in statistics.squares},
             run=lambda indices, replaced: runner(inputs[indices], indices, replaced),
             target=target,
         )

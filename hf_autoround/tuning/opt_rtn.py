@@ -1,33 +1,89 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimized round to nearest: scales of least error, weighted by how large each input is (sum of squares).
+"""Optimized round to nearest: the scales that hurt a layer's output least.
 
-The weighting is the diagonal of the layer's Hessian, as in llama.cpp's importance matrix.
+Search weighs each weight's error by how large its input is (the diagonal of the layer's Hessian, as in llama.cpp's
+importance matrix). That ignores how the errors of a row add up, so several candidates are kept for each group, and the
+groups then choose among them, one after the other, by the error of the row's output on sampled inputs.
+
+Shapes: E experts, O out features, I in features, G groups, S group size, R sampled input rows, C candidates.
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from hf_autoround.numerics import Tunables
+from hf_autoround.numerics import Tunables, dequantize
 from hf_autoround.numerics.grouping import group
+from hf_autoround.tuning.rtn import by_rows
 from hf_autoround.tuning.task import BlockResult, BlockTask, OnStep, TunableWeight, TuningSettings
+
+_CHUNK = 1 << 22  # elements decided at once: every candidate costs a float32 copy of them
+_SWEEPS = 3
 
 
 @torch.no_grad()
 def searched(weight: TunableWeight, squares: Tensor | None) -> Tunables:
-    """Return the tunables with the scales found by search; `squares` ([E,] 1, I) are sums of squared inputs.
-
-    An expert that saw no token, and any input that was always zero, is searched as if all its inputs were alike.
-    """
-    importance = None
-    if squares is not None:
-        mean = squares.mean(-1, keepdim=True)
-        even = torch.where(mean > 0, squares / mean.clamp(min=1e-30), torch.ones_like(squares))
-        importance = group(even.clamp(min=1e-3), weight.spec.granularity)
-    return weight.data_type.search(weight.groups(), weight.spec, importance)
+    """Return the tunables with the scales found by search; `squares` ([E,] 1, I) are sums of squared inputs."""
+    return weight.data_type.search(weight.groups(), weight.spec, _importance(weight, squares))
 
 
 @torch.no_grad()
 def optimized_round_to_nearest(task: BlockTask, settings: TuningSettings, on_step: OnStep) -> BlockResult:
-    """Search the scales of every weight of the block."""
-    layers = {name: weight.finished(searched(weight, task.importance.get(name))) for name, weight in task.weights.items()}
+    """Choose the scales of every weight of the block."""
+    layers = {}
+    for name, weight in task.weights.items():
+        squares, inputs = task.importance.get(name), task.inputs.get(name, ())
+        layers[name] = by_rows(weight, lambda rows, squares=squares, inputs=inputs: _chosen(rows, squares, inputs), _CHUNK)
     return BlockResult(layers)
+
+
+def _importance(weight: TunableWeight, squares: Tensor | None) -> Tensor | None:
+    """An expert that saw no token, and any input that was always zero, is searched as if all its inputs were alike."""
+    if squares is None:
+        return None
+    mean = squares.mean(-1, keepdim=True)
+    even = torch.where(mean > 0, squares / mean.clamp(min=1e-30), torch.ones_like(squares))
+    return group(even.clamp(min=1e-3), weight.spec.granularity)
+
+
+def _chosen(weight: TunableWeight, squares: Tensor | None, inputs: Sequence[Tensor]) -> Tunables:
+    """Return the best mixture of the data type's candidates; `inputs` are (R, I), one for each expert or just one."""
+    groups = weight.groups()
+    candidates = weight.data_type.candidates(groups, weight.spec, _importance(weight, squares))
+    errors = [dequantize(weight.data_type.quantize(groups, weight.spec, each)).sub_(groups) for each in candidates]
+    choice = torch.zeros(groups.shape[:-1], dtype=torch.long, device=groups.device)
+    for expert, rows in enumerate(inputs):
+        if len(rows):
+            place = expert if groups.ndim == 4 else ...
+            grouped = group(rows.to(groups.device, torch.float32), weight.spec.granularity)
+            choice[place] = choose_groups(torch.stack([error[place] for error in errors]), grouped)
+    best = candidates[0]
+    for number, candidate in enumerate(candidates[1:], 1):
+        best = best.where(choice == number, candidate)
+    return best
+
+
+def choose_groups(errors: Tensor, inputs: Tensor) -> Tensor:
+    """Return which candidate each group takes, (O, G), so that the rows' output errors are small.
+
+    `errors` (C, O, G, S) are the candidates' weight errors, `inputs` (R, G, S) sampled inputs. Coordinate descent from
+    candidate 0: a group changes only if that lowers the squared error of its row, so no row ends worse than it began.
+    """
+    _, rows, groups, _ = errors.shape
+    choice = torch.zeros(rows, groups, dtype=torch.long, device=errors.device)
+    residual = errors[0].flatten(1) @ inputs.flatten(1).t()
+    for _ in range(_SWEEPS):
+        before = choice.clone()
+        for place in range(groups):
+            outputs = errors[:, :, place] @ inputs[:, place].t()  # (C, O, R)
+            current = choice[:, place].view(1, rows, 1).expand(1, rows, outputs.shape[-1])
+            others = residual - outputs.gather(0, current)[0]
+            choice[:, place] = (others + outputs).square_().sum(-1).argmin(0)
+            current = choice[:, place].view(1, rows, 1).expand(1, rows, outputs.shape[-1])
+            residual = others.add_(outputs.gather(0, current)[0])
+        if torch.equal(before, choice):
+            break
+    return choice

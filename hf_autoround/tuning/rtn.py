@@ -1,31 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """Round to nearest: neutral tunables. Needs no data."""
 
+from collections.abc import Callable
 from math import hypot
 
 import torch
 from torch import Tensor
 
 from hf_autoround.layers.sites import QuantizedLayer, oriented
-from hf_autoround.numerics import QuantizedTensor
+from hf_autoround.numerics import QuantizedTensor, Tunables
 from hf_autoround.tuning.task import BlockResult, BlockTask, OnStep, TunableWeight, TuningSettings
 
-_CHUNK = 1 << 21  # elements rounded at once: the scratch memory is a few copies of this many floats
+_CHUNK = 1 << 21  # elements decided at once: the scratch memory is a few copies of this many floats
 
 
 @torch.no_grad()
-def nearest(weight: TunableWeight) -> QuantizedLayer:
-    """Return one parameter rounded to nearest, a few rows at a time."""
+def by_rows(weight: TunableWeight, decide: Callable[[TunableWeight], Tunables], chunk: int = _CHUNK) -> QuantizedLayer:
+    """Return one parameter under the tunables that `decide` gives for a few of its rows at a time."""
     values = oriented(weight.parameter, weight.transposed)
-    rows = max(1, _CHUNK * values.shape[-2] // values.numel())
+    rows = max(1, chunk * values.shape[-2] // values.numel())
     parts, sizes = [], []
-    for chunk in values.split(rows, dim=-2):
-        part = TunableWeight(chunk, False, weight.scheme)
-        parts.append(part.finished(part.data_type.neutral(part.groups(), part.spec)))
-        sizes.append(chunk.float().norm().item())
+    for portion in values.split(rows, dim=-2):
+        part = TunableWeight(portion, False, weight.scheme)
+        parts.append(part.finished(decide(part)))
+        sizes.append(portion.float().norm().item())
     size = hypot(*sizes)
     error = hypot(*(part.error * own for part, own in zip(parts, sizes, strict=True))) / size if size else 0.0
     return QuantizedLayer(_join([part.tensor for part in parts]), parts[0].columns, weight.scheme, error)
+
+
+def nearest(weight: TunableWeight) -> QuantizedLayer:
+    """Return one parameter rounded to nearest."""
+    return by_rows(weight, lambda rows: rows.data_type.neutral(rows.groups(), rows.spec))
 
 
 def round_to_nearest(task: BlockTask, settings: TuningSettings, on_step: OnStep) -> BlockResult:

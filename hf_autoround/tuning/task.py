@@ -3,12 +3,12 @@
 
 It sees functions and tensors: neither the model, nor files, nor other blocks.
 
-Shapes: N samples, B samples of a batch, E experts, O out features, I in features.
+Shapes: N samples, B samples of a batch, E experts, O out features, I in features, R sampled inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -67,7 +67,8 @@ class BlockTask:
 
     `run(indices, weights)` computes the block's outputs from the *quantized* chain's inputs of the samples `indices` (B,),
     with `weights` in place of its own; `target(indices)` are the float model's outputs. `norms` are the 1-D parameters
-    that may be tuned besides, and ship as `stored_dtype`. `importance` holds sums of squared inputs, ([E,] 1, I).
+    that may be tuned besides, and ship as `stored_dtype`. `importance` holds sums of squared inputs, ([E,] 1, I), `inputs`
+    some of the inputs themselves: one (R, I) for a weight, E of them for fused experts.
     """
 
     seed: int
@@ -76,6 +77,7 @@ class BlockTask:
     norms: Mapping[str, Tensor] = field(default_factory=dict)
     stored_dtype: torch.dtype = torch.float32
     importance: Mapping[str, Tensor] = field(default_factory=dict)
+    inputs: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
     run: Callable[[Tensor, Mapping[str, Tensor]], Tensor] | None = None
     target: Callable[[Tensor], Tensor] | None = None
 

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimized round to nearest: no row's output is worse than where it began, and outputs are better than search alone."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_autoround.layers.sites import oriented
+from hf_autoround.scheme import integer_scheme
+from hf_autoround.tuning import BlockTask, TunableWeight, TuningSettings
+from hf_autoround.tuning.opt_rtn import choose_groups, optimized_round_to_nearest, searched
+
+
+def correlated(rows: int, columns: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5
+    return torch.randn(rows, columns, generator=generator) @ mixing + 0.5
+
+
+def test_no_row_ends_worse_than_it_began():
+    errors = torch.randn(3, 16, 4, 32, generator=torch.Generator().manual_seed(1))
+    inputs = correlated(200, 128).view(200, 4, 32)
+    choice = choose_groups(errors, inputs)
+    taken = errors.gather(0, choice[None, ..., None].expand(1, 16, 4, 32))[0]
+
+    def row_errors(error):
+        return (error.flatten(1) @ inputs.flatten(1).t()).square().sum(-1)
+
+    assert (row_errors(taken) <= row_errors(errors[0]) * (1 + 1e-5)).all()
+    assert row_errors(taken).sum() < 0.7 * row_errors(errors[0]).sum()
+
+
+@pytest.mark.parametrize(
+    "scheme", [integer_scheme(2, 32), integer_scheme(2, 32, sym=False), integer_scheme(3)], ids=lambda s: s.name
+)
+@pytest.mark.parametrize("experts", [0, 2])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_outputs_are_nearer_than_by_search_alone(scheme, experts, transposed):
+    shape = (experts, 48, 128) if experts else (48, 128)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(2)) * 0.05
+    parameter = nn.Parameter(oriented(weight, transposed).contiguous())
+    rows = correlated(300, 128)
+    # the second expert saw nothing: it is decided all the same
+    inputs = [rows, rows[:0]] if experts else [rows]
+    squares = (
+        torch.stack([each.square().sum(0, keepdim=True) for each in inputs]) if experts else rows.square().sum(0, keepdim=True)
+    )
+    tunable = TunableWeight(parameter, transposed, scheme)
+    task = BlockTask(0, 1, {"w": tunable}, importance={"w": squares}, inputs={"w": inputs})
+    found = optimized_round_to_nearest(task, TuningSettings(), lambda *_: False).layers["w"].weight()
+    start = tunable.finished(searched(tunable, squares)).weight()
+    assert found.shape == weight.shape
+
+    def error(quantized):
+        return ((quantized - weight) @ rows.t()).square()[: 1 if experts else None].sum()
+
+    assert error(found) < 0.97 * error(start)
