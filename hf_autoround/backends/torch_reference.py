@@ -3,9 +3,8 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from hf_autoround.layers.packed_linear import PackedLinear
+from hf_autoround.layers.packed_linear import PackedLinear, dequantize_and_multiply
 
 
 class TorchReference:
@@ -19,5 +18,4 @@ class TorchReference:
 
     def forward(self, layer: PackedLinear, inputs: Tensor) -> Tensor:
         """Return x W^T + b in the dtype of x."""
-        bias = None if layer.bias is None else layer.bias.to(inputs.dtype)
-        return F.linear(inputs, layer.dequantized(inputs.dtype), bias)
+        return dequantize_and_multiply(layer, inputs)

@@ -32,4 +32,4 @@ def reasons_against(formats: Iterable[Format], site: WeightSite, scheme: Scheme)
     return [f"{name} cannot store {site.name}: {reason}" for name, reason in reasons if reason]
 
 
-__all__ = ["FORMATS", "Format", "StoredPlan", "StoredTensor", "find_formats", "reasons_against"]
+__all__ = ["FORMATS", "AutoRoundFormat", "Format", "StoredPlan", "StoredTensor", "find_formats", "reasons_against"]

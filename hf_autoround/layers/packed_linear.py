@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hf_autoround.layouts import Layout
 from hf_autoround.numerics import QuantizedTensor, dequantize
@@ -27,11 +28,18 @@ class PackedLinear(nn.Module):
     """`y = x W^T + b` on packed weights: x (..., I) -> y (..., O). Differentiable in x."""
 
     def __init__(
-        self, shape: tuple[int, int], scheme: Scheme, layout: Layout, kernel: Kernel, *, bias: bool, dtype: torch.dtype
+        self,
+        shape: tuple[int, int],
+        scheme: Scheme,
+        layout: Layout,
+        kernel: Kernel | None = None,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
-        self.scheme, self.layout, self.kernel = scheme, layout, kernel
+        self.scheme, self.layout, self.kernel = scheme, layout, kernel or dequantize_and_multiply
         self.transposed = False  # whether it stands for a Conv1D, which stores (I, O)
         self.packed_names = tuple(layout.empty(self.spec, shape))
         for name, (size, kind) in layout.empty(self.spec, shape).items():
@@ -73,3 +81,9 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme.name}, {self.layout.name}, bias={self.bias is not None}"
+
+
+def dequantize_and_multiply(layer: PackedLinear, inputs: Tensor) -> Tensor:
+    """Return x W^T + b in the dtype of x: what every layer does until a faster kernel is chosen for it."""
+    bias = None if layer.bias is None else layer.bias.to(inputs.dtype)
+    return F.linear(inputs, layer.dequantized(inputs.dtype), bias)
