@@ -5,12 +5,28 @@ To add a format: write `formats/<name>.py` with a class of `formats.base.Format`
 command line, `hf-autoround list formats` and the law tests read it from there.
 """
 
-from hf_autoround.formats.auto_round import AutoRoundFormat
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from hf_autoround.errors import UnsupportedScheme
+from hf_autoround.formats.auto_awq import AutoAWQFormat, read_awq_config
+from hf_autoround.formats.auto_gptq import AutoGPTQFormat, read_gptq_config
+from hf_autoround.formats.auto_round import AutoRoundFormat, read_auto_round_config
 from hf_autoround.formats.base import Format, StoredPlan, StoredTensor
 from hf_autoround.formats.fake import FakeFormat
+from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.registry import find
 
-FORMATS: tuple[Format, ...] = (AutoRoundFormat(), FakeFormat())
+FORMATS: tuple[Format, ...] = (AutoRoundFormat(), AutoGPTQFormat(), AutoAWQFormat(), FakeFormat())
+
+_READERS: dict[str, Callable[[Mapping[str, Any]], StoredPlan]] = {
+    "auto-round": read_auto_round_config,
+    "intel/auto-round": read_auto_round_config,
+    "gptq": read_gptq_config,
+    "awq": read_awq_config,
+}
+# what transformers makes of the other methods when the caller asks for AutoRoundConfig; the rest of the dict is as it was
+_TAKEN_OVER = {"auto_round:gptq": "gptq", "auto_round:awq": "awq"}
 
 
 def find_formats(names: str) -> list[Format]:
@@ -22,4 +38,24 @@ def find_formats(names: str) -> list[Format]:
     return list(dict.fromkeys(found))
 
 
-__all__ = ["FORMATS", "Format", "StoredPlan", "StoredTensor", "find_formats"]
+def refuse_mixtures(formats: Iterable[Format], plan: QuantPlan) -> None:
+    """Raise UnsupportedScheme if a format cannot store a plan."""
+    for target in formats:
+        if reason := target.refuse_plan(plan):
+            raise UnsupportedScheme(f"{target.name} cannot store this: {reason}")
+
+
+def read_config(config: Mapping[str, Any]) -> StoredPlan:
+    """Return what a checkpoint's `quantization_config` says, ours or that of another tool.
+
+    Raises UnsupportedScheme for what we do not read.
+    """
+    method = str(config.get("quant_method", "auto-round"))
+    if method == "auto-round" and "extra_config" not in config:
+        method = _TAKEN_OVER.get(config.get("packing_format", ""), method)
+    if method not in _READERS:
+        raise UnsupportedScheme(f"quant_method {method!r} is not supported; there are {', '.join(_READERS)}")
+    return _READERS[method](config)
+
+
+__all__ = ["FORMATS", "Format", "StoredPlan", "StoredTensor", "find_formats", "read_config", "refuse_mixtures"]

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from hf_autoround import __version__
 from hf_autoround.calibration.batches import CalibrationSet, calibration_set
 from hf_autoround.errors import AutoRoundError, CheckpointError, UnsupportedLayer, UnsupportedScheme
-from hf_autoround.formats import Format, find_formats
+from hf_autoround.formats import Format, find_formats, refuse_mixtures
 from hf_autoround.layers.sites import WeightSite
 from hf_autoround.models.blocks import ModelParts, find_sites, head_is_tied, model_parts, other_matrices
 from hf_autoround.models.checkpoint import CheckpointFolder
@@ -169,6 +169,7 @@ def _plan(lazy: LazyModel, parts: ModelParts, scheme: Scheme, args: RoundingArgu
         keep_float=kept,
         refuse=refuse,
     )
+    refuse_mixtures(formats, plan)
     if parts.head is not None and not wanted:
         return QuantPlan(
             plan.scheme, plan.sites, plan.schemes, {**plan.kept, parts.head: "quant_lm_head was not asked for"}, plan.blocks
