@@ -141,6 +141,16 @@ def stored_names(files: Iterable[str | Path]) -> set[str]:
     return {name for file in files if str(file).endswith(".safetensors") for name in _read_header(Path(file))}
 
 
+def read_tensors(files: Iterable[str | Path], suffix: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of every tensor in some safetensors files whose name ends so; small ones, for looking."""
+    for file in files:
+        names = [name for name in stored_names([file]) if name.endswith(suffix)]
+        if names:
+            with safe_open(file, framework="pt") as handle:
+                for name in sorted(names):
+                    yield name, handle.get_tensor(name)
+
+
 def _read_entries(folder: Path) -> dict[str, TensorEntry]:
     index = folder / "model.safetensors.index.json"
     if index.exists():

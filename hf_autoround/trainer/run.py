@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from hf_autoround import __version__
 from hf_autoround.calibration.batches import CalibrationSet, calibration_set
 from hf_autoround.errors import AutoRoundError, CheckpointError, UnsupportedScheme
-from hf_autoround.formats import find_formats, reasons_against
+from hf_autoround.formats import find_formats, reasons_against, refuse_mixtures
 from hf_autoround.models.blocks import ModelParts, model_parts
 from hf_autoround.models.checkpoint import CheckpointFolder
 from hf_autoround.models.loading import LazyModel, open_model
@@ -115,6 +115,7 @@ def prepare(model: str | Path | PreTrainedModel, args: RoundingArguments, train_
         quant_lm_head=args.quant_lm_head,
         refuse=lambda site, chosen: reasons_against(formats, site, chosen),
     )
+    refuse_mixtures(formats, plan)
     keys = source_keys(lazy, plan)
     if isinstance(processing_class, str | Path):
         processing_class = AutoTokenizer.from_pretrained(processing_class, trust_remote_code=args.trust_remote_code)
