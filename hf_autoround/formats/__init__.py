@@ -45,17 +45,23 @@ def refuse_mixtures(formats: Iterable[Format], plan: QuantPlan) -> None:
             raise UnsupportedScheme(f"{target.name} cannot store this: {reason}")
 
 
+def method_of(config: Mapping[str, Any]) -> str:
+    """Return whose configuration a `quantization_config` is: "auto-round", "gptq", "awq" or an unknown name."""
+    method = str(config.get("quant_method", "auto-round"))
+    if method == "auto-round" and "extra_config" not in config:
+        return _TAKEN_OVER.get(config.get("packing_format", ""), method)
+    return method
+
+
 def read_config(config: Mapping[str, Any]) -> StoredPlan:
     """Return what a checkpoint's `quantization_config` says, ours or that of another tool.
 
     Raises UnsupportedScheme for what we do not read.
     """
-    method = str(config.get("quant_method", "auto-round"))
-    if method == "auto-round" and "extra_config" not in config:
-        method = _TAKEN_OVER.get(config.get("packing_format", ""), method)
+    method = method_of(config)
     if method not in _READERS:
         raise UnsupportedScheme(f"quant_method {method!r} is not supported; there are {', '.join(_READERS)}")
     return _READERS[method](config)
 
 
-__all__ = ["FORMATS", "Format", "StoredPlan", "StoredTensor", "find_formats", "read_config", "refuse_mixtures"]
+__all__ = ["FORMATS", "Format", "StoredPlan", "StoredTensor", "find_formats", "method_of", "read_config", "refuse_mixtures"]

@@ -103,6 +103,21 @@ def read_auto_round_config(config: Mapping[str, Any]) -> StoredPlan:
     return StoredPlan(PACKING[packing], scheme, overrides, stored_blocks(config))
 
 
+def restate(stored: StoredPlan, blocks: str, layers: Mapping[str, Scheme]) -> dict[str, Any]:
+    """Return the `auto-round` configuration of a checkpoint that another method's configuration describes; `layers` are
+    all that could be quantized, with what each has."""
+    differing = {
+        name: scheme.to_dict() for name, scheme in layers.items() if scheme != stored.scheme or not name.startswith(f"{blocks}.")
+    }
+    return {
+        "quant_method": QUANT_METHOD,
+        "packing_format": next(name for name, layout in PACKING.items() if layout == stored.layout),
+        **stored.scheme.to_dict(),
+        "block_name_to_quantize": blocks,
+        "extra_config": differing,
+    }
+
+
 def _weight(plan: QuantPlan, site: WeightSite):  # noqa: ANN202
     return plan.schemes[site.name].weight
 

@@ -12,6 +12,8 @@ from typing import Any
 from transformers.utils.quantization_config import AutoRoundConfig as TransformersAutoRoundConfig
 from transformers.utils.quantization_config import QuantizationMethod
 
+from hf_autoround.errors import UnsupportedScheme
+
 # for this process, not for the file: vLLM refuses checkpoints whose config names a backend it does not know
 _NOT_SAVED = ("backend",)
 
@@ -28,6 +30,19 @@ class AutoRoundConfig(TransformersAutoRoundConfig):
         self.packing_format = kwargs.pop("packing_format", None) or "auto_round:auto_gptq"
         kwargs.pop("quant_method", None)
         self.__dict__.update(kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Take a checkpoint's dict as it is, a GPTQ or AWQ one too: `packing_format` then says whose keys the rest are.
+
+        Raises UnsupportedScheme for any other method.
+        """
+        method = str(config_dict.get("quant_method", "auto-round"))
+        if method in ("gptq", "awq"):
+            config_dict = {**config_dict, "packing_format": f"auto_round:{method}"}
+        elif "auto-round" not in method:
+            raise UnsupportedScheme(f"AutoRoundConfig reads auto-round, gptq and awq checkpoints, and this one is {method!r}")
+        return super(TransformersAutoRoundConfig, cls).from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def post_init(self) -> None:
         """Check nothing here: the format that reads the dict does, with the layer's name at hand."""

@@ -15,11 +15,14 @@ from transformers.utils import logging
 
 from hf_autoround.backends import select_backend
 from hf_autoround.errors import CheckpointError
-from hf_autoround.formats.auto_round import read_auto_round_config
+from hf_autoround.formats import method_of, read_config
+from hf_autoround.formats.auto_round import restate
 from hf_autoround.hf.config import AutoRoundConfig
+from hf_autoround.hf.group_order import layers_out_of_order
 from hf_autoround.layers.packed_experts import install_packed_experts, restore_fused_experts
 from hf_autoround.layers.packed_linear import PackedLinear
 from hf_autoround.layers.sites import WeightSite
+from hf_autoround.layouts import IndexedGPTQ
 from hf_autoround.models.blocks import find_sites, model_parts
 from hf_autoround.models.checkpoint import stored_names
 from hf_autoround.models.experts import fused_experts
@@ -60,11 +63,13 @@ class AutoRoundHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
     ) -> None:
-        stored = read_auto_round_config(self.quantization_config.to_dict())
+        config = self.quantization_config.to_dict()
+        stored = read_config(config)
         parts = model_parts(model)
         packed_in_file = _packed_names(model, checkpoint_files)
         schemes: dict[WeightSite, Scheme] = {}
-        for site in find_sites(model):
+        sites = find_sites(model)
+        for site in sites:
             inside = site.name.startswith(tuple(f"{path}." for path in stored.blocks or (parts.blocks,)))
             scheme = stored.scheme_of(site.name, inside)
             if scheme is None:
@@ -77,10 +82,13 @@ class AutoRoundHfQuantizer(HfQuantizer):
                 self.quantization_config.extra_config = truth | {site.name: BF16.to_dict()}
                 continue
             schemes[site] = scheme
+        indexed = layers_out_of_order(model, checkpoint_files, schemes)
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), r"\.g_idx$"}
         backends: dict[str, int] = {}
 
         def packed_layer(site: WeightSite, bias: bool, dtype: torch.dtype) -> PackedLinear:
-            layer = PackedLinear(site.shape, schemes[site], stored.layout, kernel=_no_kernel, bias=bias, dtype=dtype)
+            layout = IndexedGPTQ(stored.layout) if site.name in indexed else stored.layout
+            layer = PackedLinear(site.shape, schemes[site], layout, kernel=_no_kernel, bias=bias, dtype=dtype)
             backend = select_backend(layer, site.name, torch.device("cpu"), self.quantization_config.backend)
             layer.kernel = backend.forward
             backends[backend.name] = backends.get(backend.name, 0) + 1
@@ -102,6 +110,9 @@ class AutoRoundHfQuantizer(HfQuantizer):
                 names = tuple(dict.fromkeys(name for _, name in layers))
                 install_packed_experts(module, leaf, names, layers, sites[0].transposed)
         _spare_initialisation(model, by_parameter)
+        if method_of(config) != "auto-round":
+            layers = {site.name: schemes.get(site, BF16) for site in sites}
+            self.quantization_config = AutoRoundConfig(**restate(stored, parts.blocks, layers))
         logger.info(f"backends: {', '.join(f'{count} layers by {name}' for name, count in backends.items())}")
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

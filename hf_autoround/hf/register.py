@@ -12,12 +12,16 @@ from typing import Any
 def register() -> None:
     """Put our quantizer and configuration in place of transformers' own. Doing it twice changes nothing."""
     from transformers.quantizers import auto
+    from transformers.utils.quantization_config import AutoRoundConfig as TransformersAutoRoundConfig
 
     from hf_autoround.hf.config import AutoRoundConfig
 
     for method in ("auto-round", "intel/auto-round"):
         auto.AUTO_QUANTIZER_MAPPING[method] = _quantizer
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = AutoRoundConfig
+    # what `from_pretrained(gptq_or_awq_checkpoint, quantization_config=AutoRoundConfig())` goes through; transformers' own
+    # refuses whatever gptqmodel wrote (it has a key "meta")
+    TransformersAutoRoundConfig.from_dict = AutoRoundConfig.from_dict
 
 
 def _quantizer(quantization_config: Any, **kwargs: Any) -> Any:
