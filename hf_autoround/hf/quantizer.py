@@ -68,8 +68,8 @@ class AutoRoundHfQuantizer(HfQuantizer):
         parts = model_parts(model)
         packed_in_file = _packed_names(model, checkpoint_files)
         schemes: dict[WeightSite, Scheme] = {}
-        sites = find_sites(model)
-        for site in sites:
+        quantizable = find_sites(model)
+        for site in quantizable:
             inside = site.name.startswith(tuple(f"{path}." for path in stored.blocks or (parts.blocks,)))
             scheme = stored.scheme_of(site.name, inside)
             if scheme is None:
@@ -111,7 +111,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
                 install_packed_experts(module, leaf, names, layers, sites[0].transposed)
         _spare_initialisation(model, by_parameter)
         if method_of(config) != "auto-round":
-            layers = {site.name: schemes.get(site, BF16) for site in sites}
+            layers = {site.name: schemes.get(site, BF16) for site in quantizable}
             self.quantization_config = AutoRoundConfig(**restate(stored, parts.blocks, layers))
         logger.info(f"backends: {', '.join(f'{count} layers by {name}' for name, count in backends.items())}")
 
