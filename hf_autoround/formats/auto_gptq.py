@@ -23,15 +23,14 @@ from hf_autoround import __version__
 from hf_autoround.errors import UnsupportedScheme
 from hf_autoround.formats.base import StoredPlan, StoredTensor, refuse_ragged, stored_blocks
 from hf_autoround.layers.sites import QuantizedLayer, WeightSite
-from hf_autoround.layouts import GPTQ_V1, GPTQ_V2, Layout
-from hf_autoround.layouts.gptq_scattered import groups_in_order
+from hf_autoround.layouts import GPTQ_V1, GPTQ_V2, IndexedGPTQ, Layout
 from hf_autoround.planning.fused import FUSED, all_layers, fused_units, note_mixed
 from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.scheme import BF16, Scheme, TensorSpec, resolve_scheme
 
 QUANT_METHOD = "gptq"
 _BITS = (2, 3, 4, 8)
-_VERSIONS: dict[str, Layout] = {"gptq": GPTQ_V1, "gptq_v2": GPTQ_V2}
+_VERSIONS = {"gptq": GPTQ_V1, "gptq_v2": GPTQ_V2}
 _HEADS = ("lm_head", "embed_out")  # what `lm_head: true` means, by the names that models give it
 
 
@@ -54,14 +53,11 @@ class AutoGPTQFormat:
 
     def stored(self, plan: QuantPlan, site: WeightSite, dtype: torch.dtype) -> dict[str, StoredTensor]:
         """Return name inside the layer -> (shape, dtype)."""
-        layout = _VERSIONS[_version(plan)]
-        return layout.empty(_weight(plan, site), site.shape) | {"g_idx": ((site.shape[1],), torch.int32)}
+        return _layout(plan).empty(_weight(plan, site), site.shape)
 
     def store(self, plan: QuantPlan, site: WeightSite, layer: QuantizedLayer, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return name inside the layer -> tensor; `g_idx` says that groups are in order."""
-        weight = _weight(plan, site)
-        packed = _VERSIONS[_version(plan)].pack(layer.tensor, weight, layer.columns)
-        return packed | {"g_idx": groups_in_order(layer.columns, weight.granularity)}
+        """Return name inside the layer -> tensor."""
+        return _layout(plan).pack(layer.tensor, _weight(plan, site), layer.columns)
 
     def config(self, plan: QuantPlan, names: Mapping[str, str]) -> dict[str, Any]:
         """Return `quantization_config`; `names` maps layer names to what the checkpoint calls them."""
@@ -155,6 +151,11 @@ def _weight(plan: QuantPlan, site: WeightSite) -> TensorSpec:
 
 def _version(plan: QuantPlan) -> str:
     return "gptq" if all(scheme.weight is None or scheme.weight.symmetric for scheme in plan.schemes.values()) else "gptq_v2"
+
+
+def _layout(plan: QuantPlan) -> Layout:
+    """Return the layout with `g_idx`: gptqmodel's layers have that tensor and complain where a file has none."""
+    return IndexedGPTQ(_VERSIONS[_version(plan)])
 
 
 def _base(plan: QuantPlan) -> Scheme:

@@ -17,8 +17,8 @@ from transformers.utils import logging
 from hf_autoround.formats import AutoRoundFormat, StoredPlan
 from hf_autoround.formats.auto_round import packing_format
 from hf_autoround.layers.sites import WeightSite
-from hf_autoround.layouts import Layout, scattered
-from hf_autoround.layouts.gptq_scattered import groups_in_order
+from hf_autoround.layouts import GPTQ, IndexedGPTQ, Layout
+from hf_autoround.layouts.gptq_indexed import groups_in_order
 from hf_autoround.models.blocks import find_sites, model_parts, other_matrices
 from hf_autoround.models.checkpoint import read_tensors, stored_names
 from hf_autoround.models.loading import names_in_memory
@@ -54,7 +54,7 @@ def read_stored_model(model: PreTrainedModel, stored: StoredPlan, files: Iterabl
         inside = any(name.startswith(f"{path}.") for path in stored.blocks or (parts.blocks,) for name in (site.name, own))
         scheme = stored.scheme_of(own, inside)
         if scheme is not None and (not files or f"{site.name}.qweight" in keys):
-            layers[site] = scheme, scattered(stored.layout) if site.name in scattered_layers else stored.layout
+            layers[site] = scheme, _indexed(stored.layout) if site.name in scattered_layers else stored.layout
             continue
         if scheme is not None:
             logger.warning(
@@ -77,6 +77,11 @@ def disk_names(sites: Iterable[WeightSite], keys: Mapping[str, str]) -> dict[str
         if key is not None:
             found[site.name] = key.rpartition(".")[0]
     return found
+
+
+def _indexed(layout: Layout) -> Layout:
+    assert isinstance(layout, GPTQ)
+    return IndexedGPTQ(layout)
 
 
 def _scattered_layers(files: list[str], names: Mapping[str, str], stored: StoredPlan) -> set[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_autoround.layouts.awq import AWQ
 from hf_autoround.layouts.gptq import GPTQ
-from hf_autoround.layouts.gptq_scattered import ScatteredGPTQ
+from hf_autoround.layouts.gptq_indexed import IndexedGPTQ
 from hf_autoround.numerics import QuantizedTensor
 from hf_autoround.scheme import TensorSpec
 
@@ -34,11 +34,4 @@ GPTQ_V2 = GPTQ("gptq_v2", zero_offset=0)
 
 LAYOUTS: tuple[Layout, ...] = (GPTQ_V1, GPTQ_V2, AWQ())
 
-
-def scattered(layout: Layout) -> Layout:
-    """Return a GPTQ layout's variant for files whose `g_idx` is not in order."""
-    assert isinstance(layout, GPTQ)
-    return ScatteredGPTQ(f"{layout.name}_scattered", layout.zero_offset)
-
-
-__all__ = ["AWQ", "GPTQ_V1", "GPTQ_V2", "LAYOUTS", "Layout", "scattered"]
+__all__ = ["AWQ", "GPTQ", "GPTQ_V1", "GPTQ_V2", "LAYOUTS", "IndexedGPTQ", "Layout"]

@@ -37,7 +37,7 @@ def fused_units(layers: Mapping[str, Scheme]) -> dict[str, dict[str, Scheme]]:
 
 def all_layers(plan: QuantPlan) -> dict[str, Scheme]:
     """Return every layer that a plan knows, those that stay in 16 bits too."""
-    return {**dict.fromkeys(plan.kept, BF16), **plan.schemes}
+    return {**plan.schemes, **dict.fromkeys(plan.kept, BF16)}
 
 
 def note_mixed(plan: QuantPlan) -> str | None:

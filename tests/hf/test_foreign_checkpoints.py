@@ -13,7 +13,6 @@ from transformers import AutoRoundConfig as TransformersAutoRoundConfig
 from hf_autoround import AutoRound, AutoRoundConfig
 from hf_autoround.errors import UnsupportedScheme
 from hf_autoround.layers.packed_linear import PackedLinear
-from hf_autoround.layouts.bits import pack_bits, unpack_bits
 
 GOLDEN = ["llama_w4_gptq", "llama_w3_gptq", "llama_w4_mixed_gptq", "llama_w4_awq"]
 ERRORS = {2: (0.35, 0.4), 3: (0.2, 0.22), 4: (0.1, 0.106), 8: (0.004, 0.007)}  # relative, of round to nearest
@@ -118,31 +117,6 @@ def test_biases_that_only_the_file_has_are_added(tiny_model, tmp_path):
     expected = inputs @ layer.dequantized().t() + tensors[f"{name}.bias"].float()
     assert torch.allclose(layer(inputs), expected, atol=1e-5)
     assert_saves_in_auto_round_form(model, tmp_path / "saved")
-
-
-def scatter(folder):
-    """Give the inputs of one layer another order, as act-order quantization does: same weights, shuffled `g_idx`."""
-    tensors, name = load_file(folder / "model.safetensors"), "model.layers.0.mlp.down_proj"
-    order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
-    codes = unpack_bits(tensors[f"{name}.qweight"].t().contiguous(), 4, 96)[:, order]
-    tensors[f"{name}.qweight"] = pack_bits(codes, 4).t().contiguous()
-    tensors[f"{name}.g_idx"] = tensors[f"{name}.g_idx"][order].contiguous()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    edit_config(folder, desc_act=True)
-    return name, order
-
-
-def test_groups_out_of_order_are_read_right_and_saved_as_they_were(tiny_model, tmp_path):
-    packed, _ = write(tiny_model("llama"), tmp_path / "out", "auto_gptq", scheme="W4A16G32", sym=False)
-    before = load(packed)
-    name, order = scatter(packed)
-    model = load(packed)
-    assert torch.equal(model.get_submodule(name).dequantized(), before.get_submodule(name).dequantized()[:, order])
-    logits = model(tokens()).logits
-    model.save_pretrained(tmp_path / "saved")
-    config = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
-    assert config["quant_method"] == "gptq" and config["desc_act"] is True
-    assert torch.equal(load(tmp_path / "saved")(tokens()).logits, logits)
 
 
 @pytest.mark.parametrize(
