@@ -35,6 +35,6 @@ def layers_out_of_order(model: PreTrainedModel, files: Iterable[str] | None, sch
                     continue
                 weight = schemes[site].weight
                 assert weight is not None
-                if not torch.equal(handle.get_tensor(key), groups_in_order(site.shape[1], weight.granularity)):
+                if not torch.equal(handle.get_tensor(key).int(), groups_in_order(site.shape[1], weight.granularity)):
                     found.add(site.name)
     return found
