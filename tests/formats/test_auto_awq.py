@@ -86,7 +86,8 @@ def test_the_first_awq_tools_spelling_is_read():
         ({"version": "gemv"}, "version 'gemv' is not supported; there is gemm"),
         ({"version": "marlin"}, "version 'marlin'"),
         ({"backend": "llm-awq"}, "version 'llm-awq'"),
-        ({"bits": 8}, "of 8 bits"),
+        ({"bits": 8}, "layers of 8 bits"),
+        ({"dynamic": {"+:.*": {"bits": 3}}}, "layers of 3 bits"),
         ({"modules_to_not_convert": ["("]}, "is no regular expression"),
     ],
 )
