@@ -84,13 +84,12 @@ def _vector_kernel(
         input_sum = tl.zeros((chunks,), tl.float32)
         word = tl.load(words, mask, 0).to(tl.uint32, bitcast=True)
         for place in tl.static_range(32):
-            shift: tl.constexpr = place * bits % 32
-            if shift == 0 and place > 0:
+            if place > 0 and place * bits % 32 == 0:
                 word = tl.load(words + place * bits // 32 * columns, mask, 0).to(tl.uint32, bitcast=True)
-            codes = word >> shift
-            if shift + bits > 32:
+            codes = word >> (place * bits % 32)
+            if place * bits % 32 + bits > 32:  # the code goes on in the next word
                 word = tl.load(words + (place * bits // 32 + 1) * columns, mask, 0).to(tl.uint32, bitcast=True)
-                codes |= word << (32 - shift)
+                codes |= word << (32 - place * bits % 32)
             value = tl.load(inputs + row * inner + chunk * 32 + place, exists, 0).to(tl.float32)
             products += value[:, None] * (codes & (2**bits - 1)).to(tl.float32)
             input_sum += value
@@ -154,7 +153,8 @@ def _matmul(
 ) -> Tensor:
     """(M, K) by packed (K, N) -> (M, N), summed in float32, in the dtype of the inputs."""
     (rows, inner), columns = inputs.shape, qweight.shape[1]
-    if rows > TILED_ROWS:
+    tiled = rows <= TILED_ROWS and inputs.dtype != torch.float32  # float32 has no tensor cores: its tiles spill registers
+    if rows > VECTOR_ROWS and not tiled:
         return inputs @ gptq_dense(qweight, qzeros, scales, inner, bits, group, zero_offset, inputs.dtype)
     numbers = dict(bits=bits, group=group, zero_offset=zero_offset)
     if rows <= VECTOR_ROWS:
@@ -163,7 +163,9 @@ def _matmul(
     else:
         block_m = max(16, triton.next_power_of_2(rows))
         kernel, block_k, tall = _tiled_kernel, _block_k(group), triton.cdiv(rows, block_m)
-        blocks = dict(block_m=block_m, block_n=64, block_k=block_k, num_stages=4)
+        blocks = dict(block_m=block_m, block_n=64, block_k=block_k)
+        # codes that straddle words are loaded twice each: more stages would not fit the shared memory of consumer GPUs
+        blocks["num_stages"] = 4 if 32 % bits == 0 else 2
     wide, steps = triton.cdiv(columns, blocks["block_n"]), triton.cdiv(inner, block_k)
     per_split = triton.cdiv(steps, _splits(wide * tall, steps))
     splits = triton.cdiv(steps, per_split)
