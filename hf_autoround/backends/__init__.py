@@ -8,11 +8,12 @@ import torch
 
 from hf_autoround.backends.base import Backend
 from hf_autoround.backends.torch_reference import TorchReference
+from hf_autoround.backends.triton_gptq import TritonGPTQ
 from hf_autoround.errors import UnsupportedLayer
 from hf_autoround.layers.packed_linear import PackedLinear
 from hf_autoround.registry import find
 
-BACKENDS: tuple[Backend, ...] = (TorchReference(),)
+BACKENDS: tuple[Backend, ...] = (TritonGPTQ(), TorchReference())
 
 
 def select_backend(layer: PackedLinear, name: str, device: torch.device, wanted: str = "auto") -> Backend:

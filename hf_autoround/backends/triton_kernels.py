@@ -12,6 +12,8 @@ Shapes: M rows, K in features, N out features, G groups, b bits. 32 codes of a c
 (K b / 32, N), qzeros (G, ceil(N b / 32)) int32, scales (G, N).
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -140,15 +142,38 @@ def _dense_kernel(
     tl.store(place_out, tile.to(weight.dtype.element_ty), (k[:, None] < inner) & (column[None, :] < columns))
 
 
-def _block_k(group: int) -> int:
-    return 64 if group % 64 == 0 else 32  # a tile never leaves its group
+class Launch(NamedTuple):
+    """A kernel and its sizes: how many rows a program takes, how many inputs each of its steps."""
+
+    kernel: triton.runtime.KernelInterface
+    rows: int
+    step: int
+    blocks: dict[str, int]
+    stages: int = 3
 
 
-def _splits(programs: int, steps: int) -> int:
-    return max(1, min(PROGRAMS // programs, steps))
+def product_launch(rows: int, bits: int, group: int) -> Launch:
+    """Return the kernel for a product with few rows."""
+    if rows <= VECTOR_ROWS:
+        return Launch(_vector_kernel, rows=1, step=16 * 32, blocks=dict(block_n=64, chunks=16))
+    height, step = max(16, triton.next_power_of_2(rows)), _within_group(group)
+    # codes that straddle words are loaded twice each: four stages would not fit the shared memory of consumer GPUs
+    stages = 4 if 32 % bits == 0 else 2
+    return Launch(_tiled_kernel, height, step, dict(block_m=height, block_n=64, block_k=step), stages)
 
 
-def _matmul(
+def dense_launch(group: int) -> Launch:
+    """Return the kernel that writes the dense weight."""
+    step = _within_group(group)
+    return Launch(_dense_kernel, rows=0, step=step, blocks=dict(block_n=128, block_k=step))
+
+
+def _within_group(group: int) -> int:
+    return 64 if group % 64 == 0 else 32
+
+
+@torch.library.custom_op("hf_autoround::gptq_matmul", mutates_args=())
+def gptq_matmul(
     inputs: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int, group: int, zero_offset: int
 ) -> Tensor:
     """(M, K) by packed (K, N) -> (M, N), summed in float32, in the dtype of the inputs."""
@@ -156,25 +181,19 @@ def _matmul(
     tiled = rows <= TILED_ROWS and inputs.dtype != torch.float32  # float32 has no tensor cores: its tiles spill registers
     if rows > VECTOR_ROWS and not tiled:
         return inputs @ gptq_dense(qweight, qzeros, scales, inner, bits, group, zero_offset, inputs.dtype)
-    numbers = dict(bits=bits, group=group, zero_offset=zero_offset)
-    if rows <= VECTOR_ROWS:
-        kernel, block_k, tall = _vector_kernel, 16 * 32, rows
-        blocks = dict(block_n=64, chunks=16)
-    else:
-        block_m = max(16, triton.next_power_of_2(rows))
-        kernel, block_k, tall = _tiled_kernel, _block_k(group), triton.cdiv(rows, block_m)
-        blocks = dict(block_m=block_m, block_n=64, block_k=block_k)
-        # codes that straddle words are loaded twice each: more stages would not fit the shared memory of consumer GPUs
-        blocks["num_stages"] = 4 if 32 % bits == 0 else 2
-    wide, steps = triton.cdiv(columns, blocks["block_n"]), triton.cdiv(inner, block_k)
-    per_split = triton.cdiv(steps, _splits(wide * tall, steps))
+    if rows == 0:
+        return inputs.new_empty(0, columns)
+    launch = product_launch(rows, bits, group)
+    wide, tall = triton.cdiv(columns, launch.blocks["block_n"]), triton.cdiv(rows, launch.rows)
+    steps = triton.cdiv(inner, launch.step)
+    per_split = triton.cdiv(steps, max(1, min(PROGRAMS // (wide * tall), steps)))
     splits = triton.cdiv(steps, per_split)
     # sums of the splits are added afterwards, not atomically: the same inputs give the same bits
     outputs = inputs.new_empty(splits, rows, columns, dtype=inputs.dtype if splits == 1 else torch.float32)
     with torch.cuda.device_of(inputs):  # a launch goes to the current GPU, which need not be the layer's
-        kernel[(wide, tall, splits)](
+        launch.kernel[(wide, tall, splits)](
             inputs.contiguous(), qweight, qzeros, scales, outputs, rows, inner, columns, qzeros.shape[1], per_split,
-            **numbers, **blocks,
+            bits=bits, group=group, zero_offset=zero_offset, **launch.blocks, num_stages=launch.stages,
         )  # fmt: skip
     return outputs[0] if splits == 1 else outputs.sum(0).to(inputs.dtype)
 
@@ -184,12 +203,12 @@ def gptq_dense(
     qweight: Tensor, qzeros: Tensor, scales: Tensor, inner: int, bits: int, group: int, zero_offset: int, dtype: torch.dtype
 ) -> Tensor:
     """Return the weight (K, N) in a dtype: what `layer.dequantized(dtype).t()` is, bit for bit."""
-    columns, block_k = qweight.shape[1], _block_k(group)
+    columns, launch = qweight.shape[1], dense_launch(group)
     weight = qweight.new_empty(inner, columns, dtype=dtype)
     with torch.cuda.device_of(qweight):
-        _dense_kernel[(triton.cdiv(columns, 128), triton.cdiv(inner, block_k))](
+        launch.kernel[(triton.cdiv(columns, launch.blocks["block_n"]), triton.cdiv(inner, launch.step))](
             qweight, qzeros, scales, weight, inner, columns, qzeros.shape[1],
-            bits=bits, group=group, zero_offset=zero_offset, block_n=128, block_k=block_k,
+            bits=bits, group=group, zero_offset=zero_offset, **launch.blocks, num_stages=launch.stages,
         )  # fmt: skip
     return weight
 
@@ -201,23 +220,20 @@ def _(
     return qweight.new_empty(inner, qweight.shape[1], dtype=dtype)
 
 
-gptq_matmul = torch.library.custom_op("hf_autoround::gptq_matmul", _matmul, mutates_args=())
-
-
 @gptq_matmul.register_fake
 def _(inputs: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int, group: int, zero_offset: int) -> Tensor:
     return inputs.new_empty(inputs.shape[0], qweight.shape[1])
 
 
-def _keep(context: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    _, *packed, bits, group, zero_offset = inputs
-    context.save_for_backward(*packed)
-    context.numbers, context.inner = (bits, group, zero_offset), inputs[0].shape[1]
+def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    rows, *packed, bits, group, zero_offset = inputs
+    ctx.save_for_backward(*packed)
+    ctx.inner, ctx.numbers = rows.shape[1], (bits, group, zero_offset)
 
 
-def _gradient(context: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient of the inputs, (M, N) by (N, K); what is packed has none."""
-    weight = gptq_dense(*context.saved_tensors, context.inner, *context.numbers, gradient.dtype)
+    weight = gptq_dense(*ctx.saved_tensors, ctx.inner, *ctx.numbers, gradient.dtype)
     return gradient @ weight.t(), None, None, None, None, None, None
 
 
