@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_autoround.backends.base import Backend
 from hf_autoround.layers.packed_linear import PackedLinear
 
 
-class TorchReference:
+class TorchReference(Backend):
     """The backend `torch`."""
 
     name = "torch"
