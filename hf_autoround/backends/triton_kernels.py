@@ -12,7 +12,7 @@ Shapes: M rows, K in features, N out features, G groups, b bits. 32 codes of a c
 (K b / 32, N), qzeros (G, ceil(N b / 32)) int32, scales (G, N).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -223,18 +223,3 @@ def _(
 @gptq_matmul.register_fake
 def _(inputs: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int, group: int, zero_offset: int) -> Tensor:
     return inputs.new_empty(inputs.shape[0], qweight.shape[1])
-
-
-def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    rows, *packed, bits, group, zero_offset = inputs
-    ctx.save_for_backward(*packed)
-    ctx.inner, ctx.numbers = rows.shape[1], (bits, group, zero_offset)
-
-
-def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradient of the inputs, (M, N) by (N, K); what is packed has none."""
-    weight = gptq_dense(*ctx.saved_tensors, ctx.inner, *ctx.numbers, gradient.dtype)
-    return gradient @ weight.t(), None, None, None, None, None, None
-
-
-gptq_matmul.register_autograd(_gradient, setup_context=_keep)

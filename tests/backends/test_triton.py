@@ -60,11 +60,11 @@ def test_kernels_compile_for_a_gpu_and_fit_it(capability):
     ids=["device", "layout", "inputs", "group", "fits"],
 )
 def test_a_refusal_says_why(layer, device, reason, monkeypatch):
-    monkeypatch.setattr("hf_autoround.backends.triton_gptq.find_spec", lambda name: object())
+    monkeypatch.setattr("hf_autoround.backends.base.find_spec", lambda name: object())
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert TritonGPTQ().refuse(layer, device) == reason
 
 
 def test_without_triton_the_refusal_names_the_package(monkeypatch):
-    monkeypatch.setattr("hf_autoround.backends.triton_gptq.find_spec", lambda name: None)
-    assert "pip install triton" in TritonGPTQ().refuse(packed_linear(4, 32, True, (8, 64)), GPU)
+    monkeypatch.setattr("hf_autoround.backends.base.find_spec", lambda name: None)
+    assert "not installed: pip install triton" in TritonGPTQ().refuse(packed_linear(4, 32, True, (8, 64)), GPU)
