@@ -7,13 +7,26 @@ To add a backend: write `backends/<name>.py` with `name`, `refuse` and `forward`
 import torch
 
 from hf_autoround.backends.base import Backend
+from hf_autoround.backends.gptqmodel import AWQ_EXLLAMA_V2, AWQ_GEMM, AWQ_MARLIN, AWQ_TORCH, EXLLAMA_V2, MARLIN, TORCH
+from hf_autoround.backends.hpu import HPU
 from hf_autoround.backends.torch_reference import TorchReference
 from hf_autoround.backends.triton_gptq import TritonGPTQ
 from hf_autoround.errors import UnsupportedLayer
 from hf_autoround.layers.packed_linear import PackedLinear
 from hf_autoround.registry import find
 
-BACKENDS: tuple[Backend, ...] = (TritonGPTQ(), TorchReference())
+BACKENDS: tuple[Backend, ...] = (
+    MARLIN,
+    AWQ_MARLIN,
+    TritonGPTQ(),
+    EXLLAMA_V2,
+    AWQ_EXLLAMA_V2,
+    AWQ_GEMM,
+    HPU(),
+    TorchReference(),
+    TORCH,
+    AWQ_TORCH,
+)
 
 
 def select_backend(layer: PackedLinear, name: str, device: torch.device, wanted: str = "auto") -> Backend:
