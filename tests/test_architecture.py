@@ -18,9 +18,8 @@ FLOORS = [
     {"planning", "tuning"},
     {"streams"},
     {"formats", "backends"},
-    {"hf"},
     {"trainer"},
-    {"autoround"},
+    {"autoround", "hf"},
     {"evaluation"},
     {"cli"},
 ]

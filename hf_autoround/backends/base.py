@@ -25,7 +25,10 @@ class Package:
 
 
 class Backend(Protocol):
-    """Multiplies with packed weights; knows neither how they were tuned nor the model. Subclass it for the defaults."""
+    """Multiplies with packed weights; knows neither how they were tuned nor the model.
+
+    A subclass's docstring is what `hf-autoround list backends` says of it.
+    """
 
     name: str
     needs: Package | None = None
@@ -47,6 +50,11 @@ def missing(backend: Backend) -> str | None:
     if backend.needs is None or find_spec(backend.needs.module) is not None:
         return None
     return f"it needs {backend.needs.pip}, which is not installed: pip install {backend.needs.pip}"
+
+
+def compute_dtype(inputs: Tensor) -> torch.dtype:
+    """Return what kernels for CPUs compute in: bfloat16, but what comes in float32 is meant to be exact."""
+    return inputs.dtype if inputs.dtype in (torch.float32, torch.float64) else torch.bfloat16
 
 
 def multiply(layer: PackedLinear, inputs: Tensor, forward: Rows, backward: Rows) -> Tensor:

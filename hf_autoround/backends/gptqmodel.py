@@ -23,9 +23,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from hf_autoround.backends.base import Backend, Package, missing, multiply
-from hf_autoround.backends.torch_reference import TorchReference
-from hf_autoround.layers.packed_linear import PackedLinear, Repacked
+from hf_autoround.backends.base import Backend, Package, multiply
+from hf_autoround.layers.packed_linear import PackedLinear, Repacked, dequantize_and_multiply
 from hf_autoround.layouts import GPTQ_V1, GPTQ_V2, IntegerLayout
 from hf_autoround.layouts.bits import pack_bits
 from hf_autoround.layouts.gptq import GPTQ
@@ -111,7 +110,7 @@ class ForeignLayer(Repacked):
 
 
 class GPTQModel(Backend):
-    """A kernel of GPTQModel's."""
+    """a kernel of GPTQModel's"""
 
     needs = Package("gptqmodel", "gptqmodel")
 
@@ -128,9 +127,6 @@ class GPTQModel(Backend):
             return f"it reads the layouts {' and '.join(self.layouts)}, not {layer.layout.name}"
         if layer.spec.bits in (5, 6, 7):
             return f"its {layer.spec.bits}-bit codes lie in another order"
-        reason = missing(self)
-        if reason is not None:
-            return reason
         try:
             kind = self.layer.kernel.load()
         except ImportError as error:
@@ -146,7 +142,7 @@ class GPTQModel(Backend):
     def forward(self, layer: PackedLinear, inputs: Tensor) -> Tensor:
         """Return x W^T + b in the dtype of x."""
         if layer.repacked is None:  # it has moved to another kind of device
-            return TorchReference().forward(layer, inputs)
+            return dequantize_and_multiply(layer, inputs)
         return multiply(layer, inputs, _outputs, _input_gradient)
 
 

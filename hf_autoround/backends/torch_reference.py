@@ -3,14 +3,13 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hf_autoround.backends.base import Backend
-from hf_autoround.layers.packed_linear import PackedLinear
+from hf_autoround.layers.packed_linear import PackedLinear, dequantize_and_multiply
 
 
 class TorchReference(Backend):
-    """The backend `torch`."""
+    """every layer anywhere, dequantized on every call"""
 
     name = "torch"
 
@@ -20,5 +19,4 @@ class TorchReference(Backend):
 
     def forward(self, layer: PackedLinear, inputs: Tensor) -> Tensor:
         """Return x W^T + b in the dtype of x."""
-        bias = None if layer.bias is None else layer.bias.to(inputs.dtype)
-        return F.linear(inputs, layer.dequantized(inputs.dtype), bias)
+        return dequantize_and_multiply(layer, inputs)

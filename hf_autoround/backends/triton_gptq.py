@@ -13,14 +13,14 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from hf_autoround.backends.base import Backend, Package, missing, multiply
+from hf_autoround.backends.base import Backend, Package, multiply
 from hf_autoround.layers.packed_linear import PackedLinear
 from hf_autoround.layouts.gptq import GPTQ
 from hf_autoround.numerics.grouping import group_columns
 
 
 class TritonGPTQ(Backend):
-    """2 to 8 bits in the GPTQ layouts on a GPU, by our own Triton kernels."""
+    """2 to 8 bits in the GPTQ layouts on a GPU, by our own Triton kernels"""
 
     name = "triton"
     needs = Package("triton", "triton")
@@ -34,7 +34,7 @@ class TritonGPTQ(Backend):
         if layer.in_features % 32:
             return f"it needs a multiple of 32 inputs, not {layer.in_features}"
         group = group_columns(layer.in_features, layer.spec.granularity)
-        return f"it needs groups of a multiple of 32 inputs, not of {group}" if group % 32 else missing(self)
+        return f"it needs groups of a multiple of 32 inputs, not of {group}" if group % 32 else None
 
     def forward(self, layer: PackedLinear, inputs: Tensor) -> Tensor:
         """Return x W^T + b in the dtype of x."""

@@ -46,6 +46,10 @@ class AutoRoundFormat:
             return f"its shape {site.shape} is not a multiple of {_MULTIPLE} both ways"
         return GPTQ_V1.refuse(scheme.weight, site.shape)
 
+    def layout(self, plan: QuantPlan) -> Layout:
+        """Return the layout that a plan's checkpoint is written in."""
+        return _packing(plan)[1]
+
     def stored(self, plan: QuantPlan, site: WeightSite, dtype: torch.dtype) -> dict[str, StoredTensor]:
         """Return name inside the layer -> (shape, dtype)."""
         return _packing(plan)[1].empty(_weight(plan, site), site.shape)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The border to transformers: configuration, quantizer, registration, model card."""
+"""The border to transformers: configuration, quantizer, registration."""

@@ -7,27 +7,58 @@ checkpoint's configuration with the caller's, and rebuilds its own class from a 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils.quantization_config import AutoRoundConfig as TransformersAutoRoundConfig
 from transformers.utils.quantization_config import QuantizationMethod
 
-# for this process, not for the file: vLLM refuses checkpoints whose config names a backend it does not know
-_NOT_SAVED = ("backend",)
+from hf_autoround.errors import UnknownName
+from hf_autoround.registry import suggest
+from hf_autoround.scheme import resolve_scheme
+
+if TYPE_CHECKING:
+    from hf_autoround.trainer.arguments import RoundingArguments
+
+_NEVER_AN_ARGUMENT = ("quant_method", "backend", "packing_format", "data_type", "stored_method", "tokenizer")
+# for this process, not for the file (vLLM refuses checkpoints whose config names a backend it does not know)
+_NOT_SAVED = ("backend", "stored_method", "tokenizer", "dataset", "layer_config", "ignore_layers", "scheme", "iters")
 
 
 class AutoRoundConfig(TransformersAutoRoundConfig):
-    """How a checkpoint is quantized, and which backend is to run it.
+    """How a checkpoint is quantized or is to be quantized, and which backend is to run it.
 
-    `backend` is "auto" or a name from `hf-autoround list backends`. Everything else comes from the checkpoint.
+    For a float checkpoint: `scheme` (a preset's name) with `bits`, `group_size` and `sym` to override it, `layer_config`,
+    `ignore_layers` and `quant_lm_head` say what becomes of each layer. With `iters=0`, the default, each weight is rounded
+    to nearest as it streams in; with a `dataset` besides, scales are searched; with `iters` above 0 the loaded model is
+    tuned on `dataset`. Every other argument of RoundingArguments (`nsamples`, `seqlen`, `seed`, `lr`, ...) means here what
+    it means there; `tokenizer` is only needed if the model's folder has none.
+
+    For a quantized checkpoint everything but `backend` ("auto" or a name from `hf-autoround list backends`) comes from
+    the checkpoint.
     """
 
-    def __init__(self, bits: int = 4, group_size: int = 128, sym: bool = True, backend: str = "auto", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        bits: int | None = None,
+        group_size: int | None = None,
+        sym: bool | None = None,
+        backend: str = "auto",
+        scheme: str | None = None,
+        iters: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        method = kwargs.pop("quant_method", None) or "auto-round"
         self.quant_method = QuantizationMethod.AUTOROUND
-        self.bits, self.group_size, self.sym, self.backend = bits, group_size, sym, backend
-        self.packing_format = kwargs.pop("packing_format", None) or "auto_round:auto_gptq"
-        kwargs.pop("quant_method", None)
+        self.stored_method = str(getattr(method, "value", method))  # how the other keys are to be read
+        self.backend, self.scheme, self.iters = backend, scheme, iters
         self.__dict__.update(kwargs)
+        if any(value is None for value in (bits, group_size, sym)):
+            weight = resolve_scheme(scheme or "W4A16", bits=bits, group_size=group_size, sym=sym).weight
+            if weight is not None:  # the plan says what is wrong with 16 bits
+                bits, group_size, sym = weight.bits, weight.group_size, weight.symmetric
+        self.bits, self.group_size, self.sym = bits, group_size, sym
 
     def post_init(self) -> None:
         """Check nothing here: the format that reads the dict does, with the layer's name at hand."""
@@ -37,9 +68,15 @@ class AutoRoundConfig(TransformersAutoRoundConfig):
         return {"backend": self.backend}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `config.json` holds."""
+        """Return what `config.json` holds: how the layers lie in the file."""
         config = {key: value for key, value in self.__dict__.items() if key not in _NOT_SAVED and value is not None}
-        return config | {"quant_method": "auto-round"}
+        return config | {"quant_method": self.stored_method}
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Return the configuration of a checkpoint, whichever method it names (what reads it later may refuse)."""
+        config = cls(**{**config_dict, **kwargs})
+        return (config, {}) if return_unused_kwargs else config
 
     @classmethod
     def wrap(cls, config: Any) -> AutoRoundConfig:
@@ -47,3 +84,19 @@ class AutoRoundConfig(TransformersAutoRoundConfig):
         if isinstance(config, cls):
             return config
         return cls(**(config if isinstance(config, dict) else config.__dict__))
+
+    def arguments(self, output_dir: str) -> RoundingArguments:
+        """Return the arguments of the run that quantizes a float checkpoint as this says.
+
+        Raises UnknownName for an argument that there is not, AutoRoundError for a value that cannot be meant.
+        """
+        from hf_autoround.trainer.arguments import RoundingArguments
+
+        known = {part.name for part in fields(RoundingArguments) if part.init}
+        given = {key: value for key, value in self.__dict__.items() if key not in _NEVER_AN_ARGUMENT and value is not None}
+        for name in given:
+            if name not in known:
+                raise UnknownName(f"AutoRoundConfig has no argument {name!r}{suggest(name, known)}")
+        if not isinstance(given.get("dataset"), str):
+            given.pop("dataset", None)
+        return RoundingArguments(**{"scheme": "W4A16", **given, "output_dir": output_dir})

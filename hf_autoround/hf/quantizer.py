@@ -3,46 +3,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from hf_autoround.backends import select_backend
-from hf_autoround.errors import CheckpointError
+from hf_autoround.errors import CheckpointError, UnsupportedLayer
 from hf_autoround.formats.auto_round import read_auto_round_config
 from hf_autoround.hf.config import AutoRoundConfig
-from hf_autoround.layers.packed_experts import install_packed_experts, restore_fused_experts
+from hf_autoround.hf.on_load import FORMAT, RoundWhileLoading, calibrate_loaded, calibration_tokens, plan_on_load
+from hf_autoround.hf.packed_model import install_packed_layers, restore_float_layers
 from hf_autoround.layers.packed_linear import PackedLinear
 from hf_autoround.layers.sites import WeightSite
 from hf_autoround.models.blocks import find_sites, model_parts
 from hf_autoround.models.checkpoint import stored_names
-from hf_autoround.models.experts import fused_experts
 from hf_autoround.models.loading import names_in_memory
+from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.scheme import BF16, Scheme
+from hf_autoround.trainer.arguments import RoundingArguments
 
 logger = logging.get_logger(__name__)
 
 
 class AutoRoundHfQuantizer(HfQuantizer):
-    """Loads `quant_method: auto-round` checkpoints into PackedLinear layers."""
+    """Loads quantized checkpoints into PackedLinear layers, and quantizes float ones on the way."""
 
     requires_calibration = False
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(AutoRoundConfig.wrap(quantization_config), **kwargs)
+        self.plan: QuantPlan | None = None  # of a float checkpoint
+        self.tokens: torch.Tensor | None = None  # that it is to be calibrated on
+        self.arguments: RoundingArguments | None = None
+        self.damaged: list[CheckpointError] = []
 
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse a float checkpoint: it is quantized by the trainer, from its files."""
-        if not self.pre_quantized:
-            raise CheckpointError(
-                "this checkpoint is not quantized yet: quantize it with AutoRound(model, scheme=...).quantize_and_save(folder) "
-                "or hf-autoround --model ... --output_dir folder, and load the folder"
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse arguments that cannot be meant, and a placement that cannot be calibrated."""
+        if self.pre_quantized:
+            return
+        self.arguments = self.quantization_config.arguments("unused")
+        spread = isinstance(device_map, Mapping) and len({str(device) for device in device_map.values()}) > 1
+        if self._needs_data and spread:
+            raise UnsupportedLayer(
+                "a model that is spread over devices or offloaded cannot be calibrated while it loads; quantize it from its "
+                "files, which needs one block in memory: hf-autoround --model ... or RoundingTrainer(...).train()"
             )
 
     def update_device_map(self, device_map: Any) -> Any:
@@ -50,8 +58,17 @@ class AutoRoundHfQuantizer(HfQuantizer):
         return {"": torch.device("cpu")} if device_map is None else device_map
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        """Say no: everything arrives packed."""
-        return False
+        """Say whether a float parameter is to be rounded as it streams in."""
+        return self._rounds_while_loading and param_name in self._parameters
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
+        """Return the bytes of an element once it is loaded: none of a parameter whose packed tensors are counted."""
+        return 0 if self.param_needs_quantization(model, param_name) else param.element_size()
+
+    def get_quantize_ops(self) -> RoundWhileLoading:
+        """Return what transformers' loader calls with each parameter that is to be rounded."""
+        assert self.plan is not None
+        return RoundWhileLoading(self.plan, self.damaged)
 
     def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel | None = None) -> list:
         """Leave them alone: those that merge experts match float weights only, and some layers' experts may be float."""
@@ -60,6 +77,20 @@ class AutoRoundHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
     ) -> None:
+        if self.pre_quantized:
+            self._prepare_packed(model, checkpoint_files)
+            return
+        assert self.arguments is not None
+        self.plan = plan_on_load(model, self.arguments)
+        if self._needs_data:
+            with torch.device("cpu"):  # transformers calls this with meta as the default device
+                self.tokens = calibration_tokens(model, self.quantization_config, self.arguments)
+        else:
+            schemes = {site: self.plan.schemes[site.name] for site in self.plan.sites}
+            install_packed_layers(model, schemes, FORMAT.layout(self.plan), keep_parameters=True)
+
+    def _prepare_packed(self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None) -> None:
+        """Make the packed layers that a quantized checkpoint's tensors go into."""
         stored = read_auto_round_config(self.quantization_config.to_dict())
         parts = model_parts(model)
         packed_in_file = _packed_names(model, checkpoint_files)
@@ -77,48 +108,31 @@ class AutoRoundHfQuantizer(HfQuantizer):
                 self.quantization_config.extra_config = truth | {site.name: BF16.to_dict()}
                 continue
             schemes[site] = scheme
-        backends: dict[str, int] = {}
-
-        def packed_layer(site: WeightSite, bias: bool, dtype: torch.dtype) -> PackedLinear:
-            layer = PackedLinear(site.shape, schemes[site], stored.layout, kernel=_no_kernel, bias=bias, dtype=dtype)
-            backend = select_backend(layer, site.name, torch.device("cpu"), self.quantization_config.backend)
-            layer.kernel = backend.forward
-            backends[backend.name] = backends.get(backend.name, 0) + 1
-            return layer
-
-        by_parameter: dict[str, list[WeightSite]] = {}
-        for site in schemes:
-            by_parameter.setdefault(site.parameter, []).append(site)
-        for parameter, sites in by_parameter.items():
-            path, _, leaf = parameter.rpartition(".")
-            module = model.get_submodule(path)
-            if sites[0].expert is None:
-                bias = getattr(module, "bias", None) is not None
-                layer = packed_layer(sites[0], bias, module.weight.dtype)
-                layer.transposed = sites[0].transposed
-                model.set_submodule(path, layer)
-            else:
-                layers = {_expert_place(site): packed_layer(site, False, module.get_parameter(leaf).dtype) for site in sites}
-                names = tuple(dict.fromkeys(name for _, name in layers))
-                install_packed_experts(module, leaf, names, layers, sites[0].transposed)
-        _spare_initialisation(model, by_parameter)
-        logger.info(f"backends: {', '.join(f'{count} layers by {name}' for name, count in backends.items())}")
+        install_packed_layers(model, schemes, stored.layout)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for module in model.modules():
-            if isinstance(module, PackedLinear):  # transformers makes float parameters trainable
-                module.requires_grad_(False)
+        if self.damaged:
+            raise self.damaged[0]
+        if self.plan is not None:
+            if self.tokens is not None:
+                model.config.quantization_config = None  # it is a float model still
+                calibrate_loaded(model, self.quantization_config, self.plan, self.tokens)
+            config = FORMAT.config(self.plan, {})
+            self.quantization_config = AutoRoundConfig(**config, backend=self.quantization_config.backend)
+        backends: dict[str, int] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, PackedLinear):
+                module.requires_grad_(False)  # transformers makes float parameters trainable
+                backend = select_backend(module, name, torch.device("cpu"), self.quantization_config.backend)
+                module.kernel = backend.forward
+                backends[backend.name] = backends.get(backend.name, 0) + 1
+        logger.info(f"backends: {', '.join(f'{count} layers by {name}' for name, count in backends.items())}")
         model.config.quantization_config = self.quantization_config
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         kind = dtype or model.config.dtype or torch.float32
-        kind = getattr(torch, kind) if isinstance(kind, str) else kind
-        for _, experts in list(fused_experts(model)):
-            restore_fused_experts(experts, kind)
-        for name, module in list(model.named_modules()):
-            if isinstance(module, PackedLinear):
-                model.set_submodule(name, _plain_layer(module, kind))
+        restore_float_layers(model, getattr(torch, kind) if isinstance(kind, str) else kind)
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -130,6 +144,21 @@ class AutoRoundHfQuantizer(HfQuantizer):
         """Say no: adapters come with their own glue."""
         return False
 
+    @property
+    def _needs_data(self) -> bool:
+        """Whether the model is calibrated once it is loaded, or rounded while it loads."""
+        config = self.quantization_config
+        searched = getattr(config, "dataset", None) is not None and not getattr(config, "disable_opt_rtn", False)
+        return not self.pre_quantized and bool(config.iters or searched)
+
+    @property
+    def _rounds_while_loading(self) -> bool:
+        return self.plan is not None and self.tokens is None
+
+    @property
+    def _parameters(self) -> set[str]:
+        return {site.parameter for site in self.plan.sites} if self.plan is not None else set()
+
 
 def _packed_names(model: PreTrainedModel, files: Iterable[str] | None) -> set[str] | None:
     """Return the layers that the files hold packed, by their names in memory; None if there are no files to look into."""
@@ -137,35 +166,3 @@ def _packed_names(model: PreTrainedModel, files: Iterable[str] | None) -> set[st
         return None
     packed = [name for name in stored_names(files) if name.endswith(".qweight")]
     return {name.removesuffix(".qweight") for name in names_in_memory(model, packed).values()}
-
-
-def _spare_initialisation(model: PreTrainedModel, parameters: Iterable[str]) -> None:
-    """Keep transformers from initialising what holds packed layers: some blocks reach for their layers' `weight`."""
-    for parameter in parameters:
-        parent = parameter.rpartition(".")[0].rpartition(".")[0]
-        while parent:
-            model.get_submodule(parent)._is_hf_initialized = True
-            parent = parent.rpartition(".")[0]
-
-
-def _plain_layer(packed: PackedLinear, dtype: torch.dtype) -> nn.Module:
-    """Return the Linear or Conv1D that a packed layer was made from, with the quantized numbers."""
-    weight = packed.dequantized(dtype)
-    with torch.device("meta"):
-        if packed.transposed:
-            plain: nn.Module = Conv1D(packed.out_features, packed.in_features)
-        else:
-            plain = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None)
-    plain.weight = nn.Parameter(weight.t().contiguous() if packed.transposed else weight)
-    if packed.bias is not None:
-        plain.bias = nn.Parameter(packed.bias.detach().to(dtype))
-    return plain
-
-
-def _expert_place(site: WeightSite) -> tuple[int, str]:
-    assert site.expert is not None
-    return site.expert, site.name.rpartition(".")[2]
-
-
-def _no_kernel(layer: PackedLinear, inputs: torch.Tensor) -> torch.Tensor:
-    raise AssertionError("a kernel is chosen before the layer runs")

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hf_autoround.layouts import IntegerLayout, Layout
 from hf_autoround.numerics import QuantizedTensor, dequantize
@@ -42,11 +43,18 @@ class PackedLinear(nn.Module):
     """`y = x W^T + b` on packed weights: x (..., I) -> y (..., O). Differentiable in x."""
 
     def __init__(
-        self, shape: tuple[int, int], scheme: Scheme, layout: Layout, kernel: Kernel, *, bias: bool, dtype: torch.dtype
+        self,
+        shape: tuple[int, int],
+        scheme: Scheme,
+        layout: Layout,
+        kernel: Kernel | None = None,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
-        self.scheme, self.layout, self.kernel = scheme, layout, kernel
+        self.scheme, self.layout, self.kernel = scheme, layout, kernel or dequantize_and_multiply
         self.dtype = dtype  # of the model's activations when the layer was made
         self.transposed = False  # whether it stands for a Conv1D, which stores (I, O)
         self.packed_names = tuple(layout.empty(self.spec, shape))
@@ -102,10 +110,11 @@ class PackedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move, but never cast, what is packed: `.to(bfloat16)` must not round the scales.
 
-        A kernel's order is good for one kind of device: on another the layout's tensors come back.
+        A kernel's order is good for one kind of device: on another the layout's tensors come back, and no kernel with them.
         """
         if self.repacked is not None and fn(torch.empty(0, device=self.device)).device.type != self.device.type:
             self.restore()
+            self.kernel = dequantize_and_multiply
         packed = {id(tensor) for name, tensor in self._parameters.items() if name in self.packed_names}
         if self.repacked is not None:
             packed |= {id(buffer) for buffer in self.repacked.buffers()}
@@ -131,3 +140,9 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme.name}, {self.layout.name}, bias={self.bias is not None}"
+
+
+def dequantize_and_multiply(layer: PackedLinear, inputs: Tensor) -> Tensor:
+    """Return x W^T + b in the dtype of x: what every layer does until a faster kernel is chosen for it."""
+    bias = None if layer.bias is None else layer.bias.to(inputs.dtype)
+    return F.linear(inputs, layer.dequantized(inputs.dtype), bias)

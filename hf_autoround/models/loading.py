@@ -188,6 +188,11 @@ def _refuse_model(config: PretrainedConfig, name: str) -> None:
     if method is not None:
         kind = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", "")
         raise CheckpointError(f"{name} is already quantized ({getattr(kind, 'value', kind)}); start from its float checkpoint")
+    refuse_model_type(config, name)
+
+
+def refuse_model_type(config: PretrainedConfig, name: str) -> None:
+    """Raise UnsupportedLayer for a kind of model that cannot be quantized; `name` is what to call it."""
     reason = quirk(config.model_type).refuse
     if reason:
         raise UnsupportedLayer(f"{name} is a {config.model_type} model, which cannot be quantized: {reason}")

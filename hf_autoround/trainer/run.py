@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import ast
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,16 +15,15 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from hf_autoround import __version__
 from hf_autoround.calibration.batches import CalibrationSet, calibration_set
-from hf_autoround.errors import AutoRoundError, CheckpointError, UnsupportedLayer, UnsupportedScheme
-from hf_autoround.formats import Format, find_formats
-from hf_autoround.layers.sites import WeightSite
-from hf_autoround.models.blocks import ModelParts, find_sites, head_is_tied, model_parts, other_matrices
+from hf_autoround.errors import AutoRoundError, CheckpointError, UnsupportedScheme
+from hf_autoround.formats import find_formats, reasons_against
+from hf_autoround.models.blocks import ModelParts, model_parts
 from hf_autoround.models.checkpoint import CheckpointFolder
 from hf_autoround.models.loading import LazyModel, open_model
 from hf_autoround.models.placement import resolve_placement
+from hf_autoround.planning.model_plan import plan_model
 from hf_autoround.planning.plan import QuantPlan
-from hf_autoround.planning.resolve import matching, resolve_plan
-from hf_autoround.scheme import Scheme, resolve_scheme
+from hf_autoround.scheme import resolve_scheme
 from hf_autoround.streams.blocks import StreamSettings
 from hf_autoround.streams.shards import SourceKey, source_keys
 from hf_autoround.trainer.arguments import RoundingArguments
@@ -108,7 +105,16 @@ def prepare(model: str | Path | PreTrainedModel, args: RoundingArguments, train_
     placement = resolve_placement(args.device_map)
     lazy = open_model(model, trust_remote_code=args.trust_remote_code)
     parts = model_parts(lazy.model)
-    plan = _plan(lazy, parts, scheme, args, formats)
+    plan = plan_model(
+        lazy.model,
+        parts,
+        scheme,
+        name=lazy.name,
+        layer_config=args.layer_config,
+        ignore_layers=args.ignore_layers,
+        quant_lm_head=args.quant_lm_head,
+        refuse=lambda site, chosen: reasons_against(formats, site, chosen),
+    )
     keys = source_keys(lazy, plan)
     if isinstance(processing_class, str | Path):
         processing_class = AutoTokenizer.from_pretrained(processing_class, trust_remote_code=args.trust_remote_code)
@@ -134,64 +140,6 @@ def prepare(model: str | Path | PreTrainedModel, args: RoundingArguments, train_
     )
     output = OutputFolder(Path(args.output_dir).expanduser(), formats)
     return Run(args, lazy, parts, plan, keys, output, settings, processing_class, data, max_shard_size)
-
-
-def _plan(lazy: LazyModel, parts: ModelParts, scheme: Scheme, args: RoundingArguments, formats: tuple[Format, ...]) -> QuantPlan:
-    every = find_sites(lazy.model)
-    inside = [site for site in every if parts.block_of(site.name) is not None]
-    layer_config = _layer_config(args.layer_config)
-    head = [site for site in every if site.name == parts.head]
-    in_config = parts.head in layer_config and resolve_scheme(layer_config[parts.head], base=scheme).weight is not None
-    wanted = args.quant_lm_head or in_config
-    if not wanted and parts.head is not None:
-        layer_config.pop(parts.head, None)  # 16 bits is what it has anyway
-    kept = list(other_matrices(lazy.model, parts, inside))
-    if wanted:
-        if not head:
-            raise UnsupportedLayer(f"{lazy.name} has no output head that could be quantized; leave quant_lm_head out")
-        if head_is_tied(lazy.model, head[0].name):
-            raise UnsupportedLayer(
-                f"{head[0].name} of {lazy.name} shares its weight with the input embedding, which stays float: it cannot be "
-                "quantized; leave quant_lm_head out"
-            )
-
-    def refuse(site: WeightSite, chosen: Scheme) -> list[str]:
-        reasons = [(target.name, target.refuse(site, chosen)) for target in formats]
-        return [f"{name} cannot store {site.name}: {reason}" for name, reason in reasons if reason]
-
-    plan = resolve_plan(
-        [*inside, *(head if wanted else [])],
-        scheme,
-        blocks=parts.blocks,
-        head=parts.head if wanted else None,
-        layer_config=layer_config,
-        ignore_layers=[key for key in args.ignore_layers if wanted or not _means_head_alone(key, parts, inside)],
-        keep_float=kept,
-        refuse=refuse,
-    )
-    if parts.head is not None and not wanted:
-        return QuantPlan(
-            plan.scheme, plan.sites, plan.schemes, {**plan.kept, parts.head: "quant_lm_head was not asked for"}, plan.blocks
-        )
-    return plan
-
-
-def _means_head_alone(key: str, parts: ModelParts, inside: list[WeightSite]) -> bool:
-    """Say whether a key of `ignore_layers` means the head, which is ignored anyway, and nothing else."""
-    return parts.head is not None and bool(matching(key, [parts.head])) and not matching(key, [site.name for site in inside])
-
-
-def _layer_config(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    if isinstance(given, str):
-        try:
-            given = ast.literal_eval(given)
-        except (ValueError, SyntaxError) as error:
-            raise AutoRoundError(f"layer_config is not a dict: {error}; write it as {{'k_proj': {{'bits': 8}}}}") from error
-    if given is None:
-        return {}
-    if not isinstance(given, Mapping):
-        raise AutoRoundError(f"layer_config is a {type(given).__name__}; it has to be a dict of layer name to scheme")
-    return dict(given)
 
 
 def _tokenizer(lazy: LazyModel, trust_remote_code: bool) -> Any:

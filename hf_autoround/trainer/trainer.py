@@ -21,7 +21,6 @@ from transformers.utils import logging
 
 from hf_autoround.errors import AutoRoundError, MissingDependency
 from hf_autoround.formats.base import Format
-from hf_autoround.hf.model_card import model_card
 from hf_autoround.layers.sites import QuantizedLayer
 from hf_autoround.streams.blocks import stream_blocks, units
 from hf_autoround.streams.journal import Journal, digests, refuse_other_arguments
@@ -29,6 +28,7 @@ from hf_autoround.streams.shards import FromJournal, Item, rounded, stream_check
 from hf_autoround.trainer.arguments import RoundingArguments
 from hf_autoround.trainer.callbacks import BlockLines, RoundingProgress
 from hf_autoround.trainer.events import TrainerEvents, TrainingStopped
+from hf_autoround.trainer.model_card import model_card
 from hf_autoround.trainer.output import OutputFolder, copy_companions
 from hf_autoround.trainer.run import Run, prepare
 from hf_autoround.tuning import ALGORITHMS

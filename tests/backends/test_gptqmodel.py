@@ -6,6 +6,7 @@ import torch
 from packed import packed_linear
 
 from hf_autoround.backends import BACKENDS
+from hf_autoround.backends.base import missing
 from hf_autoround.backends.gptqmodel import AWQ_TORCH, TORCH, GPTQModel
 from hf_autoround.layouts import AWQ, GPTQ_V1, GPTQ_V2
 
@@ -64,7 +65,7 @@ def test_a_refusal_says_why(backend, monkeypatch):
         f"it reads the layouts {' and '.join(backend.layouts)}, not {other.name}"
     )
     monkeypatch.setattr("hf_autoround.backends.base.find_spec", lambda name: None)
-    assert backend.refuse(layer, GPU).endswith("not installed: pip install gptqmodel")
+    assert missing(backend).endswith("not installed: pip install gptqmodel")
 
 
 def test_gptqmodels_own_reasons_are_passed_on():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from packed import packed_linear
 
+from hf_autoround.backends.base import missing
 from hf_autoround.backends.triton_gptq import TritonGPTQ
 from hf_autoround.layouts import AWQ, GPTQ_V1
 
@@ -60,11 +61,10 @@ def test_kernels_compile_for_a_gpu_and_fit_it(capability):
     ids=["device", "layout", "inputs", "group", "fits"],
 )
 def test_a_refusal_says_why(layer, device, reason, monkeypatch):
-    monkeypatch.setattr("hf_autoround.backends.base.find_spec", lambda name: object())
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert TritonGPTQ().refuse(layer, device) == reason
 
 
-def test_without_triton_the_refusal_names_the_package(monkeypatch):
+def test_without_triton_the_package_is_named(monkeypatch):
     monkeypatch.setattr("hf_autoround.backends.base.find_spec", lambda name: None)
-    assert "not installed: pip install triton" in TritonGPTQ().refuse(packed_linear(4, 32, True, (8, 64)), GPU)
+    assert missing(TritonGPTQ()) == "it needs triton, which is not installed: pip install triton"
