@@ -4,11 +4,12 @@
 import torch
 from torch import Tensor
 
+from hf_autoround.backends.base import Backend
 from hf_autoround.layers.packed_linear import PackedLinear, dequantize_and_multiply
 
 
-class TorchReference:
-    """The backend `torch`."""
+class TorchReference(Backend):
+    """every layer anywhere, dequantized on every call"""
 
     name = "torch"
 

@@ -52,7 +52,7 @@ def backends() -> str:
     """Return the backends in order of preference."""
     from hf_autoround.backends import BACKENDS
 
-    return "\n".join(f"{backend.name:<12} {(type(backend).__doc__ or '').strip()}" for backend in BACKENDS)
+    return "\n".join(f"{backend.name:<24} {(type(backend).__doc__ or '').strip()}" for backend in BACKENDS)
 
 
 def _quantizing() -> list[Scheme]:

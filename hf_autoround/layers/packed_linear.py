@@ -4,24 +4,39 @@
 It holds a layout's tensors and is told which kernel multiplies with them. The tensors are parameters without gradient,
 not buffers: accelerate offloads parameters only.
 
+A kernel may want the codes in another order: then `repack` drops the layout's and keeps the kernel's, so that memory holds
+them once. What is saved, and what `packed`, `quantized` and `dequantized` return, is the layout's all the same.
+
 Shapes: O out features, I in features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_autoround.layouts import Layout
+from hf_autoround.layouts import IntegerLayout, Layout
 from hf_autoround.numerics import QuantizedTensor, dequantize
 from hf_autoround.numerics.grouping import ungroup
 from hf_autoround.scheme import Scheme, TensorSpec
 
 Kernel = Callable[["PackedLinear", Tensor], Tensor]
+CODES = "qweight"  # the tensor of integer layouts that a kernel may keep in its own order
+
+
+class Repacked(nn.Module):
+    """A layer's codes in a kernel's own order, made from the layer: its child `repacked`, in place of the layout's codes.
+
+    What it holds are buffers that are not saved: the order may differ from machine to machine.
+    """
+
+    def codes(self) -> Tensor:
+        """Return the unsigned codes (O, I) uint8 that it was made from."""
+        raise NotImplementedError
 
 
 class PackedLinear(nn.Module):
@@ -40,11 +55,13 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = shape
         self.scheme, self.layout, self.kernel = scheme, layout, kernel or dequantize_and_multiply
+        self.dtype = dtype  # of the model's activations when the layer was made
         self.transposed = False  # whether it stands for a Conv1D, which stores (I, O)
         self.packed_names = tuple(layout.empty(self.spec, shape))
         for name, (size, kind) in layout.empty(self.spec, shape).items():
             self.register_parameter(name, nn.Parameter(torch.empty(size, dtype=kind), requires_grad=False))
         self.register_parameter("bias", nn.Parameter(torch.empty(shape[0], dtype=dtype), requires_grad=False) if bias else None)
+        self.repacked: Repacked | None = None
         self._is_hf_initialized = True  # transformers must not initialise what it loads into
 
     @property
@@ -53,9 +70,30 @@ class PackedLinear(nn.Module):
         assert self.scheme.weight is not None
         return self.scheme.weight
 
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers are; meta while accelerate keeps them elsewhere."""
+        return next(self._parameters[name] for name in self.packed_names if name in self._parameters).device
+
+    @torch.no_grad()
     def packed(self) -> dict[str, Tensor]:
         """Return the layout's tensors by name."""
-        return {name: getattr(self, name) for name in self.packed_names}
+        if self.repacked is None:
+            return {name: getattr(self, name) for name in self.packed_names}
+        codes = cast(IntegerLayout, self.layout).pack_codes(self.repacked.codes(), self.spec)
+        return {name: codes if name == CODES else getattr(self, name) for name in self.packed_names}
+
+    @torch.no_grad()
+    def repack(self, kind: type[Repacked]) -> None:
+        """Keep the codes in a kernel's order only."""
+        self.repacked = kind(self)
+        del self._parameters[CODES]
+
+    def restore(self) -> None:
+        """Undo `repack`."""
+        codes = self.packed()[CODES]
+        self.repacked = None
+        self.register_parameter(CODES, nn.Parameter(codes, requires_grad=False))
 
     def quantized(self) -> QuantizedTensor:
         """Return the numbers, unpacked: elements (O, G, S)."""
@@ -70,14 +108,35 @@ class PackedLinear(nn.Module):
         return self.kernel(self, inputs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move, but never cast, what is packed: `.to(bfloat16)` must not round the scales."""
-        packed = {id(getattr(self, name)) for name in self.packed_names}
+        """Move, but never cast, what is packed: `.to(bfloat16)` must not round the scales.
+
+        A kernel's order is good for one kind of device: on another the layout's tensors come back, and no kernel with them.
+        """
+        if self.repacked is not None and fn(torch.empty(0, device=self.device)).device.type != self.device.type:
+            self.restore()
+            self.kernel = dequantize_and_multiply
+        packed = {id(tensor) for name, tensor in self._parameters.items() if name in self.packed_names}
+        if self.repacked is not None:
+            packed |= {id(buffer) for buffer in self.repacked.buffers()}
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return tensor.to(moved.device) if id(tensor) in packed and moved.dtype != tensor.dtype else moved
 
         return super()._apply(move, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.repacked is not None:
+            destination[prefix + CODES] = self.packed()[CODES]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        kind = None if self.repacked is None else type(self.repacked)
+        if kind is not None:
+            self.restore()
+        super()._load_from_state_dict(*args, **kwargs)
+        if kind is not None:
+            self.repack(kind)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme.name}, {self.layout.name}, bias={self.bias is not None}"

@@ -29,9 +29,20 @@ class Layout(Protocol):
     def unpack(self, tensors: Mapping[str, Tensor], spec: TensorSpec, shape: tuple[int, int]) -> QuantizedTensor: ...
 
 
+class IntegerLayout(Layout, Protocol):
+    """A layout of unsigned codes "qweight", zero points "qzeros" and "scales" (G, O) float16, each readable by itself.
+
+    Backends that keep codes in an order of their own read them by these, and give them back.
+    """
+
+    def pack_codes(self, codes: Tensor, spec: TensorSpec) -> Tensor: ...
+    def unpack_codes(self, words: Tensor, spec: TensorSpec, shape: tuple[int, int]) -> Tensor: ...
+    def unpack_zeros(self, words: Tensor, spec: TensorSpec, out: int) -> Tensor: ...
+
+
 GPTQ_V1 = GPTQ("gptq", zero_offset=1)
 GPTQ_V2 = GPTQ("gptq_v2", zero_offset=0)
 
 LAYOUTS: tuple[Layout, ...] = (GPTQ_V1, GPTQ_V2, AWQ())
 
-__all__ = ["AWQ", "GPTQ", "GPTQ_V1", "GPTQ_V2", "LAYOUTS", "IndexedGPTQ", "Layout"]
+__all__ = ["AWQ", "GPTQ", "GPTQ_V1", "GPTQ_V2", "LAYOUTS", "IndexedGPTQ", "IntegerLayout", "Layout"]

@@ -50,16 +50,28 @@ class AWQ:
         """Return qweight (I, O / 8), qzeros (G, O / 8) int32, scales (G, O) float16."""
         codes, zeros, scales = to_unsigned(tensor, spec, columns)
         return {
-            "qweight": pack_bits(_reorder(codes.t(), _ORDER), 4),
+            "qweight": self.pack_codes(codes, spec),
             "qzeros": pack_bits(_reorder(zeros.t(), _ORDER), 4),
             "scales": scales.t().contiguous(),
         }
 
     def unpack(self, tensors: Mapping[str, Tensor], spec: TensorSpec, shape: tuple[int, int]) -> QuantizedTensor:
         """Undo `pack` for a weight (O, I)."""
-        codes = _reorder(unpack_bits(tensors["qweight"], 4, shape[0]), _INVERSE).t()
-        zeros = _reorder(unpack_bits(tensors["qzeros"], 4, shape[0]), _INVERSE).t()
+        codes = self.unpack_codes(tensors["qweight"], spec, shape)
+        zeros = self.unpack_zeros(tensors["qzeros"], spec, shape[0])
         return from_unsigned(codes, zeros, tensors["scales"].t(), spec)
+
+    def pack_codes(self, codes: Tensor, spec: TensorSpec) -> Tensor:
+        """Return qweight for unsigned codes (O, I)."""
+        return pack_bits(_reorder(codes.t(), _ORDER), 4)
+
+    def unpack_codes(self, words: Tensor, spec: TensorSpec, shape: tuple[int, int]) -> Tensor:
+        """Return the unsigned codes (O, I) uint8 of qweight."""
+        return _reorder(unpack_bits(words, 4, shape[0]), _INVERSE).t()
+
+    def unpack_zeros(self, words: Tensor, spec: TensorSpec, out: int) -> Tensor:
+        """Return the zero points (O, G) uint8 of qzeros."""
+        return _reorder(unpack_bits(words, 4, out), _INVERSE).t()
 
 
 def _reorder(columns: Tensor, order: list[int]) -> Tensor:

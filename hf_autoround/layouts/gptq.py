@@ -48,14 +48,26 @@ class GPTQ:
         codes, zeros, scales = to_unsigned(tensor, spec, columns)
         stored = (zeros.t().int() - self.zero_offset) & (2**spec.bits - 1)
         return {
-            "qweight": pack_bits(codes, spec.bits).t().contiguous(),
+            "qweight": self.pack_codes(codes, spec),
             "qzeros": pack_bits(stored, spec.bits),
             "scales": scales.t().contiguous(),
         }
 
     def unpack(self, tensors: Mapping[str, Tensor], spec: TensorSpec, shape: tuple[int, int]) -> QuantizedTensor:
         """Undo `pack` for a weight (O, I)."""
-        out, columns = shape
-        codes = unpack_bits(tensors["qweight"].t(), spec.bits, columns)
-        zeros = (unpack_bits(tensors["qzeros"], spec.bits, out).int() + self.zero_offset) & (2**spec.bits - 1)
-        return from_unsigned(codes, zeros.t().to(torch.uint8), tensors["scales"].t(), spec)
+        codes = self.unpack_codes(tensors["qweight"], spec, shape)
+        zeros = self.unpack_zeros(tensors["qzeros"], spec, shape[0])
+        return from_unsigned(codes, zeros, tensors["scales"].t(), spec)
+
+    def pack_codes(self, codes: Tensor, spec: TensorSpec) -> Tensor:
+        """Return qweight for unsigned codes (O, I)."""
+        return pack_bits(codes, spec.bits).t().contiguous()
+
+    def unpack_codes(self, words: Tensor, spec: TensorSpec, shape: tuple[int, int]) -> Tensor:
+        """Return the unsigned codes (O, I) uint8 of qweight."""
+        return unpack_bits(words.t(), spec.bits, shape[1])
+
+    def unpack_zeros(self, words: Tensor, spec: TensorSpec, out: int) -> Tensor:
+        """Return the zero points (O, G) uint8 of qzeros."""
+        zeros = unpack_bits(words, spec.bits, out).int() + self.zero_offset
+        return (zeros & (2**spec.bits - 1)).t().to(torch.uint8)

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order in which torch's int4 kernel for CPUs wants its codes, measured: it differs from machine to machine.
+
+torch packs blocks of rows. Within a block it goes column by column, and within a column each byte holds two rows. How many
+rows make a block, and which two share a byte, depends on the vector width; packing rows that are numbered tells.
+
+Shapes: N out features, K in features, B rows of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_CHUNK = 512  # rows packed at a time: torch wants four bytes for each code
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Some whole blocks: rows `first` to `last`, and their bytes (blocks, K, B / 2).
+
+    `order` says which of a block's B rows lie in the low halves of the B / 2 bytes, then which lie in the high halves.
+    """
+
+    first: int
+    last: int
+    bytes: Tensor
+    order: tuple[int, ...]
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the rows of the low halves, then of the high halves, are simply all rows."""
+        return self.order == tuple(range(len(self.order)))
+
+
+@dataclass(frozen=True)
+class Int4Order:
+    """This machine's order for a number of rows: that of whole blocks, and that of the rows after the last one."""
+
+    block: tuple[int, ...]
+    rest: tuple[int, ...]
+
+    def segments(self, packed: Tensor, rows: int) -> Iterator[Segment]:
+        """Cut packed codes (N, K / 2) into segments of at most `rows` rows, a multiple of 64; the rest is one segment."""
+        size, columns = len(self.block), packed.shape[1] * 2
+        whole = packed.shape[0] - len(self.rest)
+        for first in range(0, whole, rows):
+            last = min(first + rows, whole)
+            yield Segment(first, last, packed[first:last].view(-1, columns, size // 2), self.block)
+        if self.rest:
+            yield Segment(whole, packed.shape[0], packed[whole:].view(1, columns, len(self.rest) // 2), self.rest)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Return the codes (N, K) uint8 that `pack_int4` was given."""
+        codes = torch.empty(packed.shape[0], packed.shape[1] * 2, dtype=torch.uint8)
+        for part in self.segments(packed, _CHUNK):
+            columns = torch.cat([part.bytes & 15, part.bytes >> 4], -1)
+            rows = codes[part.first : part.last].view(len(columns), len(part.order), -1)
+            rows[:, list(part.order)] = columns.transpose(1, 2)
+        return codes
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Return what torch's kernel reads, uint8 (N, K / 2), for codes 0 to 15 (N, K); N is a multiple of 16."""
+    packed = torch.empty(codes.shape[0], codes.shape[1] // 2, dtype=torch.uint8)
+    for first in range(0, len(codes), _CHUNK):
+        packed[first : first + _CHUNK] = _pack(codes[first : first + _CHUNK])
+    return packed
+
+
+def measured_order(rows: int) -> Int4Order | None:
+    """Return the order for N rows, or None where it is none of this kind."""
+    size = _block_rows()
+    return None if size is None else Int4Order(_order(size), _order(rows % size) if rows % size else ())
+
+
+@cache
+def _block_rows() -> int | None:
+    codes = torch.arange(256 * 32).mul_(7).div_(3, rounding_mode="floor").remainder_(16).view(256, 32)
+    packed = _pack(codes)
+    for size in (64, 32, 16):
+        if torch.equal(Int4Order(_order(size), ()).unpack(packed), codes.to(torch.uint8)):
+            return size
+    return None
+
+
+@cache
+def _order(rows: int) -> tuple[int, ...]:
+    """Pack rows that are numbered, a hexadecimal digit of the number at a time."""
+    numbers = torch.arange(rows)[:, None].expand(rows, 32)
+    found = torch.zeros(rows, dtype=torch.int32)
+    for shift in (0, 4):
+        column = _pack((numbers >> shift) & 15).view(32, rows // 2)[0]
+        found |= torch.cat([column & 15, column >> 4]).int() << shift
+    return tuple(found.tolist())
+
+
+def _pack(codes: Tensor) -> Tensor:
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int().contiguous(), 1)

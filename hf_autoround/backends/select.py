@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs each packed layer: the first that does not refuse, or the one that was asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from hf_autoround.backends import ALIASES, BACKENDS
+from hf_autoround.backends.base import Backend, missing
+from hf_autoround.errors import MissingDependency, UnknownName, UnsupportedLayer
+from hf_autoround.layers.packed_linear import PackedLinear
+from hf_autoround.models.memory import release_memory
+from hf_autoround.registry import suggest
+
+logger = logging.get_logger(__name__)
+
+
+def candidates(wanted: str) -> tuple[Backend, ...]:
+    """Return the backends that a name or an alias stands for; all of them for "auto".
+
+    What is wrong with the name is known before a model is loaded: raises UnknownName, or MissingDependency if what it
+    stands for is not installed.
+    """
+    if wanted == "auto":
+        return BACKENDS
+    names = ALIASES.get(wanted, (wanted,))
+    found = tuple(backend for backend in BACKENDS if backend.name in names)
+    if not found:
+        known = [*(backend.name for backend in BACKENDS), *ALIASES]
+        raise UnknownName(f"no backend is called {wanted!r}{suggest(wanted, known) or '; there are ' + ', '.join(known)}")
+    reasons = {backend.name: missing(backend) for backend in found}
+    if all(reasons.values()):
+        raise MissingDependency(f"backend={wanted!r} cannot be had: {_together(reasons.items())}")
+    return found
+
+
+def select_backend(layer: PackedLinear, name: str, wanted: str = "auto") -> Backend:
+    """Return the first backend that takes a layer where it is, or the wanted one.
+
+    Raises UnsupportedLayer with every reason.
+    """
+    reasons = {}
+    for backend in candidates(wanted):
+        reason = missing(backend) or backend.refuse(layer, layer.device)
+        if reason is None:
+            return backend
+        reasons[backend.name] = reason
+    raise UnsupportedLayer(
+        f"backend={wanted!r} cannot run {name} ({layer.scheme.name}): {_together(reasons.items())}. "
+        'Use backend="auto", which takes for each layer what can run it'
+    )
+
+
+@torch.no_grad()
+def assign_backends(model: nn.Module, wanted: str = "auto") -> None:
+    """Give every packed layer of a loaded model its backend, and put the layer into that backend's order.
+
+    Layer by layer, so that there is one layer more than the model in memory. Raises UnsupportedLayer, UnknownName or
+    MissingDependency.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+    chosen = [select_backend(layer, name, wanted) for name, layer in layers]  # before any is changed
+    for (_, layer), backend in zip(layers, chosen, strict=True):
+        backend.prepare(layer)
+        layer.kernel = backend.forward
+    kinds = Counter((backend.name, layer.scheme.name) for (_, layer), backend in zip(layers, chosen, strict=True))
+    for (backend_name, scheme), count in kinds.items():
+        logger.info(f"backend {backend_name}: {count} layers of {scheme}")
+    release_memory()
+
+
+def _together(reasons: Iterable[tuple[str, str | None]]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons)
