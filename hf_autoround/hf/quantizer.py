@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
@@ -40,6 +42,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
         self.tokens: torch.Tensor | None = None  # that it is to be calibrated on
         self.arguments: RoundingArguments | None = None
         self.damaged: list[CheckpointError] = []
+        self.packed_layers: tuple[str, ...] = ()  # by name, when the model was loaded
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse arguments that cannot be meant, and a placement that cannot be calibrated."""
@@ -104,8 +107,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
                 logger.warning(
                     f"{site.name} should have {scheme.name} by the checkpoint's config, but the file holds it as float: loaded so"
                 )
-                truth = dict(getattr(self.quantization_config, "extra_config", None) or {})
-                self.quantization_config.extra_config = truth | {site.name: BF16.to_dict()}
+                self._name_plain(site.name)
                 continue
             schemes[site] = scheme
         install_packed_layers(model, schemes, stored.layout)
@@ -122,6 +124,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
         backends: dict[str, int] = {}
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
+                self.packed_layers += (name,)
                 module.requires_grad_(False)  # transformers makes float parameters trainable
                 backend = select_backend(module, name, torch.device("cpu"), self.quantization_config.backend)
                 module.kernel = backend.forward
@@ -141,8 +144,24 @@ class AutoRoundHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Say no: adapters come with their own glue."""
-        return False
+        """Say yes: packed weights stay as they are, adapters beside them learn."""
+        return True
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, Any]]:
+        """Make the config true before it is saved; the tensors are saved as they are."""
+        self.name_plain_layers(model)
+        return None, {}
+
+    def name_plain_layers(self, model: PreTrainedModel) -> None:
+        """Name in `extra_config` what was loaded packed and is a plain layer now, as after merging an adapter."""
+        modules = dict(model.named_modules())
+        for name in self.packed_layers:
+            if isinstance(modules.get(name), nn.Linear | Conv1D):
+                self._name_plain(name)
+
+    def _name_plain(self, name: str) -> None:
+        named = getattr(self.quantization_config, "extra_config", None) or {}
+        self.quantization_config.extra_config = {**named, name: BF16.to_dict()}
 
     @property
     def _needs_data(self) -> bool:

@@ -41,6 +41,7 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = shape
         self.scheme, self.layout, self.kernel = scheme, layout, kernel or dequantize_and_multiply
         self.transposed = False  # whether it stands for a Conv1D, which stores (I, O)
+        self.compute_dtype = dtype  # what the plain layer's weight would be; PEFT looks here too
         self.packed_names = tuple(layout.empty(self.spec, shape))
         for name, (size, kind) in layout.empty(self.spec, shape).items():
             self.register_parameter(name, nn.Parameter(torch.empty(size, dtype=kind), requires_grad=False))
@@ -66,12 +67,19 @@ class PackedLinear(nn.Module):
         """Return the weight (O, I)."""
         return ungroup(dequantize(self.quantized()), self.in_features).to(dtype)
 
+    @torch.no_grad()
+    def load_quantized(self, tensor: QuantizedTensor) -> None:
+        """Hold other numbers of the same scheme: elements (O, G, S)."""
+        for name, packed in self.layout.pack(tensor, self.spec, self.in_features).items():
+            getattr(self, name).copy_(packed)
+
     def forward(self, inputs: Tensor) -> Tensor:
         return self.kernel(self, inputs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move, but never cast, what is packed: `.to(bfloat16)` must not round the scales."""
         packed = {id(getattr(self, name)) for name in self.packed_names}
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
