@@ -94,13 +94,17 @@ def merge_onto_grid(model: Any, adapter_names: Sequence[str] | None = None) -> n
     layers = [module for module in model.modules() if isinstance(module, LoraOnPacked)]
     if not layers:
         raise AutoRoundError("merge_onto_grid found no adapter on a packed layer; merge_and_unload merges all others")
+    survived: list[float] = []
     for layer in layers:
-        layer.onto_grid = True
+        layer.survived = survived
     try:
         merged = model.merge_and_unload(safe_merge=True, adapter_names=None if adapter_names is None else list(adapter_names))
     finally:
         for layer in layers:
-            layer.onto_grid = False
+            layer.survived = None
+    mean = sum(survived) / max(1, len(survived))
+    log = logger.info if mean > 0.5 else logger.warning
+    log(f"{len(survived)} layers merged onto their grids: {mean:.0%} of what adapters change in a weight outlived the rounding")
     return merged
 
 
@@ -118,7 +122,7 @@ class LoraOnPacked(nn.Module):
         super().__init__(base_layer, adapter_name, config, **kwargs)
         self.fan_in_fan_out = False  # a packed weight is (O, I), also where it stands for a Conv1D
         self.packed_aside: tuple[PackedLinear, ...] = ()
-        self.onto_grid = False
+        self.survived: list[float] | None = None  # set while merging onto the grid, whose outcome it collects
 
     def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> None:
         """Refuse what needs the float weight: every variant of LoRA, and initialisations that decompose it."""
@@ -161,10 +165,10 @@ class LoraOnPacked(nn.Module):
         """Return the layer that takes this one's place when PEFT leaves the model."""
         if merge:
             self.merge(safe_merge, adapter_names)
-        if not self.onto_grid or not self.merged_adapters:
+        if self.survived is None or not self.merged_adapters:
             return self.base_layer
         packed = self.packed().to(self.base_layer.weight.device)
-        _round_onto_grid(packed, *self._sum(packed, self.merged_adapters))
+        self.survived.append(_round_onto_grid(packed, *self._sum(packed, self.merged_adapters)))
         return packed
 
     def packed(self) -> PackedLinear:
@@ -205,17 +209,19 @@ class LoraOnPackedModel(nn.Module):
             return cls.packed_layer(target, adapter_name, lora_config, **kwargs)
         return super()._create_new_module(lora_config, adapter_name, target, **kwargs)
 
-    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        super()._prepare_model(peft_config, model)
-        targets = peft_config.target_modules
-        if isinstance(targets, str) and targets.lower() == "all-linear":
-            peft_config.target_modules = _all_linear(peft_config, model)
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter in. "all-linear" is resolved here: PEFT knows linear layers by their class."""
+        config = self.peft_config[adapter_name]
+        if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+            config.target_modules = _all_linear(config, model)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
         found = super()._check_target_module_exists(peft_config, key)
         if found and _packed_expert(self.model, key):
             # on the float model their names match nothing either: all experts are one parameter there
-            logger.warning_once(f"LoRA does not reach packed experts: {key} and its like stay without an adapter")
+            leaf = key.rpartition(".")[2]
+            logger.warning_once(f"LoRA does not reach packed experts: every {leaf} inside experts stays without an adapter")
             return False
         return found
 
@@ -230,7 +236,7 @@ class LoraOnPackedModel(nn.Module):
 
 
 def _all_linear(peft_config: Any, model: nn.Module) -> set[str]:
-    """Return what PEFT means by "all-linear", packed layers included: it knows layers by their class."""
+    """Return the names of all linear layers but the head, packed ones included."""
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 
     plain = _maybe_include_all_linear_layers(peft_config, model).target_modules
@@ -246,11 +252,12 @@ def _packed_expert(model: nn.Module, name: str) -> bool:
 
 
 @torch.no_grad()
-def _round_onto_grid(packed: PackedLinear, weight: Tensor, bias: Tensor | None) -> None:
-    change = weight - packed.dequantized()
+def _round_onto_grid(packed: PackedLinear, weight: Tensor, bias: Tensor | None) -> float:
+    """Give a packed layer another weight (O, I) and bias; return how much of the change its numbers made, 1 for all of it."""
+    before = packed.dequantized()
     rounded = by_rows(TunableWeight(weight, False, packed.scheme), lambda rows: searched(rows, None))
     packed.load_quantized(rounded.tensor)
     if bias is not None:
         packed.bias.copy_(bias)
-    lost = (packed.dequantized() - weight).norm() / change.norm()
-    logger.info(f"merged onto the grid: {lost:.2f}")
+    change = weight - before
+    return ((packed.dequantized() - before) * change).sum().item() / max(change.square().sum().item(), 1e-30)
