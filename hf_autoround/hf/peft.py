@@ -159,9 +159,7 @@ class LoraOnPacked(nn.Module):
         self.base_layer, self.packed_aside = self.packed().to(self.base_layer.weight.device), ()
         self.merged_adapters.clear()
 
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
         """Return the layer that takes this one's place when PEFT leaves the model."""
         if merge:
             self.merge(safe_merge, adapter_names)
