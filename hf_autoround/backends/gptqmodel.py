@@ -56,7 +56,7 @@ class ForeignLayer(Repacked):
     def __init__(self, layer: PackedLinear) -> None:
         super().__init__()
         self.spec, self.layout = layer.spec, layer.layout
-        self.shape, self.dtype = (layer.out_features, layer.in_features), layer.dtype
+        self.shape, self.dtype = (layer.out_features, layer.in_features), layer.compute_dtype
         self.host = {name: tensor.detach().cpu() for name, tensor in layer.packed().items()}
         self.build(layer.device)
 
@@ -132,8 +132,8 @@ class GPTQModel(Backend):
         except ImportError as error:
             return f"its kernel cannot be imported: {error}"
         shape = (layer.out_features, layer.in_features)
-        fits, error = kind.validate(**arguments(layer.spec, shape, layer.dtype), device=device)
-        return _tried(self.layer, layer.layout, layer.spec.bits, layer.dtype, device) if fits else _sentence(error)
+        fits, error = kind.validate(**arguments(layer.spec, shape, layer.compute_dtype), device=device)
+        return _tried(self.layer, layer.layout, layer.spec.bits, layer.compute_dtype, device) if fits else _sentence(error)
 
     def prepare(self, layer: PackedLinear) -> None:
         """Make GPTQModel's layer, and keep the layout's tensors in host memory."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from hf_autoround import __version__
 from hf_autoround.cli.parser import Parser
@@ -29,18 +29,23 @@ recipes: hf-autoround, hf-autoround-best (5 times the steps), hf-autoround-light
 def main(arguments: Sequence[str] | None = None, recipe: str = "default") -> int:
     """Run a command and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    return exit_code(lambda: _run(words, recipe), "hf-autoround")
+
+
+def exit_code(run: Callable[[], int], program: str) -> int:
+    """Run what returns an exit code; what a user did wrong becomes a sentence and 1."""
     try:
-        code = _run(words, recipe)
+        code = run()
         sys.stdout.flush()
         return code
     except AutoRoundError as error:
-        print(f"hf-autoround: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        print("hf-autoround: interrupted; --resume goes on with what is finished", file=sys.stderr)
+        print(f"{program}: interrupted; --resume goes on with what is finished", file=sys.stderr)
         return 1
 
 

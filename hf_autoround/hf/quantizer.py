@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
 from hf_autoround.backends.select import assign_backends, candidates
@@ -22,6 +24,7 @@ from hf_autoround.models.blocks import find_sites
 from hf_autoround.models.checkpoint import stored_names
 from hf_autoround.models.loading import names_in_memory
 from hf_autoround.planning.plan import QuantPlan
+from hf_autoround.scheme import BF16
 from hf_autoround.trainer.arguments import RoundingArguments
 
 
@@ -37,6 +40,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
         self.arguments: RoundingArguments | None = None
         self.damaged: list[CheckpointError] = []
         self.names: dict[str, str] = {}  # of its layers, in memory -> in its files
+        self.packed_layers: tuple[str, ...] = ()  # by name, when the model was loaded
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse a backend that cannot be had, arguments that cannot be meant, a placement that cannot be calibrated."""
@@ -110,8 +114,9 @@ class AutoRoundHfQuantizer(HfQuantizer):
                 calibrate_loaded(model, self.quantization_config, self.plan, self.tokens)
             config = FORMAT.config(self.plan, self.names)
             self.quantization_config = AutoRoundConfig(**config, backend=self.quantization_config.backend)
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
+                self.packed_layers += (name,)
                 module.requires_grad_(False)  # transformers makes float parameters trainable
         assign_backends(model, self.quantization_config.backend)
         model.config.quantization_config = self.quantization_config
@@ -128,8 +133,24 @@ class AutoRoundHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Say no: adapters come with their own glue."""
-        return False
+        """Say yes: packed weights stay as they are, adapters beside them learn."""
+        return True
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, Any]]:
+        """Make the config true before it is saved; the tensors are saved as they are."""
+        self.name_plain_layers(model)
+        return None, {}
+
+    def name_plain_layers(self, model: PreTrainedModel) -> None:
+        """Name in `extra_config` what was loaded packed and is a plain layer now, as after merging an adapter."""
+        modules = dict(model.named_modules())
+        for name in self.packed_layers:
+            if isinstance(modules.get(name), nn.Linear | Conv1D):
+                self._name_plain(name)
+
+    def _name_plain(self, name: str) -> None:
+        named = getattr(self.quantization_config, "extra_config", None) or {}
+        self.quantization_config.extra_config = {**named, name: BF16.to_dict()}
 
     @property
     def _needs_data(self) -> bool:
