@@ -24,6 +24,7 @@ from hf_autoround.models.blocks import ModelParts, find_sites, head_is_tied, mod
 from hf_autoround.models.checkpoint import CheckpointFolder
 from hf_autoround.models.loading import LazyModel, open_model
 from hf_autoround.models.placement import resolve_placement
+from hf_autoround.models.processes import Processes
 from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.planning.resolve import matching, resolve_plan
 from hf_autoround.scheme import Scheme, resolve_scheme
@@ -89,11 +90,14 @@ class Run:
             "seed": args.seed,
             "precision": "float32" if args.disable_amp else "amp",
             "device": self.settings.placement.main.type,
+            "processes": self.settings.processes.count,
             **tuning,
         }
 
 
-def prepare(model: str | Path | PreTrainedModel, args: RoundingArguments, train_dataset: Any, processing_class: Any) -> Run:
+def prepare(
+    model: str | Path | PreTrainedModel, args: RoundingArguments, train_dataset: Any, processing_class: Any, processes: Processes
+) -> Run:
     """Return the run that these arguments mean.
 
     Raises an AutoRoundError for anything that could not work, before any weight is read.
@@ -105,7 +109,7 @@ def prepare(model: str | Path | PreTrainedModel, args: RoundingArguments, train_
     if scheme.weight is None and not args.layer_config:
         raise UnsupportedScheme(f"{scheme.name} leaves every layer as it is: there is nothing to quantize")
     max_shard_size = _bytes(args.max_shard_size)
-    placement = resolve_placement(args.device_map)
+    placement = resolve_placement(args.device_map, processes.device)
     lazy = open_model(model, trust_remote_code=args.trust_remote_code)
     parts = model_parts(lazy.model)
     plan = _plan(lazy, parts, scheme, args, formats)
@@ -128,6 +132,7 @@ def prepare(model: str | Path | PreTrainedModel, args: RoundingArguments, train_
         nblocks=args.nblocks,
         seed=args.seed,
         placement=placement,
+        processes=processes,
         quantized_inputs=args.enable_quanted_input,
         keep_on_cpu=args.low_gpu_mem_usage,
         amp=not args.disable_amp,
