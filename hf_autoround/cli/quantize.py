@@ -73,10 +73,13 @@ def run(words: Sequence[str], recipe: str, description: str, epilog: str) -> int
         flags.error("--push_to_hub needs --hub_model_id")
     trainer = RoundingTrainer(model, args)
     trainer.train(resume_from_checkpoint=resume)
-    folder = trainer.prepare().output.folder
-    print(f"written to {folder}")
+    main = trainer.processes.main
+    if main:
+        print(f"written to {trainer.prepare().output.folder}")
     if push:
-        print(f"uploaded to {trainer.push_to_hub()}")
+        address = trainer.push_to_hub()
+        if main:
+            print(f"uploaded to {address}")
     return 0
 
 

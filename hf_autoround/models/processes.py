@@ -105,12 +105,6 @@ class Processes:
             raise
         self.gather(None)
 
-    def leave(self) -> None:
-        """End the process group: nothing is shared any more."""
-        if self.device is not None:
-            PartialState().destroy_process_group()
-
-
 def join(cpu: bool = False) -> Processes:
     """Join the processes that a launcher started; `cpu`: they work on the CPU whatever else there is.
 
@@ -133,3 +127,9 @@ def join(cpu: bool = False) -> Processes:
             "start one, or use device_map cpu"
         )
     return Processes(state.process_index, state.num_processes, local_index, state.device)
+
+
+def leave() -> None:
+    """End the process group, if there is one: a process that exits without that may be aborted by its threads."""
+    if distributed.is_available() and distributed.is_initialized():
+        PartialState().destroy_process_group()

@@ -30,6 +30,7 @@ from hf_autoround.planning.resolve import matching, resolve_plan
 from hf_autoround.scheme import Scheme, resolve_scheme
 from hf_autoround.streams.blocks import StreamSettings
 from hf_autoround.streams.shards import SourceKey, source_keys
+from hf_autoround.streams.shares import share_of
 from hf_autoround.trainer.arguments import RoundingArguments
 from hf_autoround.trainer.output import OutputFolder
 
@@ -128,6 +129,7 @@ def prepare(
             vocabulary=config.vocab_size,
             longest=getattr(config, "max_position_embeddings", None),
         )
+        share_of(len(data.tokens), args.batch_size, processes)  # raises if there is not enough for all of them
     settings = StreamSettings(
         nblocks=args.nblocks,
         seed=args.seed,
