@@ -105,6 +105,7 @@ class Processes:
             raise
         self.gather(None)
 
+
 def join(cpu: bool = False) -> Processes:
     """Join the processes that a launcher started; `cpu`: they work on the CPU whatever else there is.
 
