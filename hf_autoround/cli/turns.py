@@ -28,4 +28,4 @@ def leave() -> None:
 
 def several() -> bool:
     """Say whether a launcher started more processes than this one."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1

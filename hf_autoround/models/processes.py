@@ -111,14 +111,15 @@ def join(cpu: bool = False) -> Processes:
 
     Raises AutoRoundError if they cannot work together.
     """
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if not distributed.is_available() or not (started > 1 or (distributed.is_initialized() and distributed.get_world_size() > 1)):
+    started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    joined = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    if started == 1 and not joined:
         return Processes()
     local_index = int(os.environ.get("LOCAL_RANK", "0"))
     cpu = cpu or not torch.accelerator.is_available()
-    if not cpu and local_index >= torch.accelerator.device_count():
+    if not cpu and 1 < torch.accelerator.device_count() <= local_index:  # 1: perhaps each sees only its own
         raise AutoRoundError(
-            f"process {local_index} of this machine has no device: there are {torch.accelerator.device_count()}; "
+            f"process {local_index} of this machine has no device, there are {torch.accelerator.device_count()}: "
             "start as many processes as there are devices"
         )
     state = PartialState(cpu=cpu, timeout=_PATIENCE)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from hf_autoround.errors import AutoRoundError
+from hf_autoround.layers.fake_quantized_block import run_block
 from hf_autoround.models.placement import Placement, resolve_placement
 
 CPU, FIRST, SECOND = torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")
@@ -81,3 +82,37 @@ def test_layers_are_shared_out_by_size_and_patterns_come_first():
     assert assigned(Placement(FIRST, patterns=(("small", CPU),))) == {"small": CPU}
     assert assigned(Placement(FIRST, (SECOND,), ((r"layers\.3\.large", CPU),))) == {"large": CPU, "small": SECOND}
     assert assigned(Placement(FIRST, patterns=(("layers.4", CPU),))) == {}
+
+
+class GatedBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.gate, self.down = nn.Linear(8, 32), nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, hidden):
+        return hidden + self.down(nn.functional.silu(self.gate(hidden)) * self.up(hidden))
+
+
+def test_a_block_on_two_devices_computes_what_it_does_on_one():
+    """The second device is torch's lazy backend, which every build has: other memory, the same arithmetic."""
+    backend = pytest.importorskip("torch._lazy.ts_backend")
+    backend.init()
+    block = GatedBlock().requires_grad_(False)
+    hidden = torch.randn(2, 3, 8)
+
+    def result(weights):
+        output = run_block(block, hidden, (), {}, weights)
+        output.square().sum().backward()
+        return output.detach(), {name: weight.grad for name, weight in weights.items()}
+
+    expected, gradients = result({name: weight.clone().requires_grad_() for name, weight in block.named_parameters()})
+    placement = Placement(CPU, (torch.device("lazy:0"),))
+    placement.spread("block", block)
+    assert {parameter.device.type for parameter in block.parameters()} == {"cpu", "lazy"}
+    output, moved = result({name: weight.clone().requires_grad_() for name, weight in block.named_parameters()})
+    assert output.device == CPU
+    torch.testing.assert_close(output, expected)
+    for name, gradient in moved.items():
+        torch.testing.assert_close(gradient.cpu(), gradients[name])
+    placement.gather(block)
+    assert "_hf_hook" not in block.up.__dict__
