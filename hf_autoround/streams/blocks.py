@@ -11,7 +11,7 @@ Shapes: N samples (of this process' share), T tokens, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -182,7 +182,9 @@ class _Walk:
         with self.processes.together():
             if runner.names != (self.parts.head,):  # whose outputs are as wide as the vocabulary: computed when needed
                 if watch and same:
-                    self.targets = torch.cat(list(self._watched(runner, statistics)))
+                    outputs: list[Tensor] = []
+                    self._watch(runner, statistics, lambda output: outputs.append(output.to(self.inputs)))
+                    self.targets = torch.cat(outputs)
                 else:
                     self.targets = runner.all(self.float_inputs, {}, self.share.batch_size)
                 if not torch.isfinite(self.targets).all():
@@ -191,23 +193,21 @@ class _Walk:
                         "its weights are damaged, or bfloat16 overflows: try disable_amp"
                     )
             if watch and not (same and self.targets is not None):
-                for _ in self._watched(runner, statistics):
-                    pass
+                self._watch(runner, statistics, lambda output: None)
         if self.targets is not None and not same and self.settings.quantized_inputs:
             self.float_inputs = self.targets  # not needed any more: give the memory back
         return statistics
 
     @torch.no_grad()
-    def _watched(self, runner: BlockRunner, statistics: InputStatistics) -> Iterator[Tensor]:
-        """Yield the outputs of the quantized chain's inputs, batch by batch; what the weights see in all processes' batches
-        is added to `statistics` in the order of the samples."""
+    def _watch(self, runner: BlockRunner, statistics: InputStatistics, take: Callable[[Tensor], None]) -> None:
+        """Run the quantized chain's inputs through the unit; `take` gets the outputs, batch by batch. What the weights see
+        in all processes' batches is added to `statistics` in the order of the samples."""
         weights = {name: (tensor, transposed) for name, tensor, transposed in self._weights(runner)}
         for indices in self.share.batches():
             seen = InputStatistics()
             if len(indices):
                 with watch_inputs(weights, seen):
-                    outputs = runner(self.inputs[indices], indices, {})
-                yield outputs.to(device=self.inputs.device, dtype=self.inputs.dtype)
+                    take(runner(self.inputs[indices], indices, {}))
             for each in self.processes.gather(seen if self.processes.count == 1 else seen.on_cpu()):
                 statistics.add(each)
 
