@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from hf_autoround import __version__
 from hf_autoround.cli.parser import Parser
+from hf_autoround.cli.turns import leave, several, wait_for_turn
 from hf_autoround.errors import AutoRoundError
 
 _COMMANDS = ("quantize", "list", "demo")
@@ -37,14 +38,18 @@ def exit_code(run: Callable[[], int], program: str) -> int:
     try:
         code = run()
         sys.stdout.flush()
+        leave()
         return code
     except AutoRoundError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        wait_for_turn()
+        print(f"{program}: {error}", file=sys.stderr, flush=True)
+        leave()
         return 1
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
+        wait_for_turn()
         print(f"{program}: interrupted; --resume goes on with what is finished", file=sys.stderr)
         return 1
 
@@ -76,6 +81,7 @@ def _run(words: list[str], recipe: str) -> int:
     if not words:
         from hf_autoround.cli.quantize import parser
 
+        wait_for_turn()
         parser(recipe, _DESCRIPTION, _EPILOG).print_usage(sys.stderr)
         print("hf-autoround: --model is needed; hf-autoround --help explains", file=sys.stderr)
         return 2
@@ -85,6 +91,8 @@ def _run(words: list[str], recipe: str) -> int:
 
         return run(words[1:])
     if command == "demo":
+        if several():
+            raise AutoRoundError("the demo is for one process; start it without torchrun")
         from hf_autoround.cli.demo import run
 
         return run(words[1:])

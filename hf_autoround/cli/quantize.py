@@ -85,10 +85,13 @@ def quantize(flags: argparse.ArgumentParser, given: dict[str, Any], recipe: str)
     show_progress_lines()
     trainer = RoundingTrainer(model, args)
     trainer.train(resume_from_checkpoint=resume)
-    folder = trainer.prepare().output.folder
-    print(f"written to {folder}")
+    main = trainer.processes.main
+    if main:
+        print(f"written to {trainer.prepare().output.folder}")
     if push:
-        print(f"uploaded to {trainer.push_to_hub()}")
+        address = trainer.push_to_hub()
+        if main:
+            print(f"uploaded to {address}")
     return 0
 
 

@@ -48,7 +48,7 @@ class TrainerEvents:
             self.logs.append(entry)
             self.trainer.log(entry)
         control = self.trainer.control
-        return control.should_epoch_stop or control.should_training_stop
+        return self.trainer.processes.any(control.should_epoch_stop or control.should_training_stop)
 
     def block_decided(
         self, place: int, unit: str, names: tuple[str, ...], result: BlockResult, rows: Mapping[str, Any]
@@ -83,7 +83,7 @@ class TrainerEvents:
         seconds = time.time() - self.started if self.started is not None else None
         self.trainer.log(record["history"][-1], seconds=seconds)
         self._call("on_epoch_end")
-        if self.trainer.control.should_training_stop and place + 1 < self.blocks:
+        if self.trainer.processes.any(self.trainer.control.should_training_stop) and place + 1 < self.blocks:
             raise TrainingStopped(record["history"][-1]["block"])
 
     def _call(self, event: str, **kwargs: Any) -> None:
