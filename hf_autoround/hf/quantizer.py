@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from hf_autoround.backends import select_backend
+from hf_autoround.backends.select import assign_backends, candidates
 from hf_autoround.errors import CheckpointError, UnsupportedLayer
 from hf_autoround.formats.auto_round import read_auto_round_config
 from hf_autoround.hf.config import AutoRoundConfig
@@ -43,6 +43,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse arguments that cannot be meant, and a placement that cannot be calibrated."""
+        candidates(self.quantization_config.backend)
         if self.pre_quantized:
             return
         self.arguments = self.quantization_config.arguments("unused")
@@ -119,14 +120,10 @@ class AutoRoundHfQuantizer(HfQuantizer):
                 calibrate_loaded(model, self.quantization_config, self.plan, self.tokens)
             config = FORMAT.config(self.plan, {})
             self.quantization_config = AutoRoundConfig(**config, backend=self.quantization_config.backend)
-        backends: dict[str, int] = {}
-        for name, module in model.named_modules():
+        for module in model.modules():
             if isinstance(module, PackedLinear):
                 module.requires_grad_(False)  # transformers makes float parameters trainable
-                backend = select_backend(module, name, torch.device("cpu"), self.quantization_config.backend)
-                module.kernel = backend.forward
-                backends[backend.name] = backends.get(backend.name, 0) + 1
-        logger.info(f"backends: {', '.join(f'{count} layers by {name}' for name, count in backends.items())}")
+        assign_backends(model, self.quantization_config.backend)
         model.config.quantization_config = self.quantization_config
         return model
 
