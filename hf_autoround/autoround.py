@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_autoround.errors import AutoRoundError, UnsupportedScheme
-from hf_autoround.formats import find_formats
+from hf_autoround.formats import find_formats, refuse_mixtures
 from hf_autoround.scheme import SchemeLike, resolve_scheme
 from hf_autoround.streams.journal import Journal
 from hf_autoround.trainer.arguments import recipe
@@ -81,6 +81,7 @@ class AutoRound:
                 reason = target.refuse(site, plan.schemes[site.name])
                 if reason:
                     raise UnsupportedScheme(f"{target.name} cannot store {site.name}: {reason}")
+        refuse_mixtures(output.formats, plan)
         output.claim(resume=False)
         self._trainer.write(output, self._journal)
         return str(output_dir)

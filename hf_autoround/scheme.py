@@ -52,9 +52,12 @@ class Scheme:
     weight: TensorSpec | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the scheme with the key names of a checkpoint's `extra_config`."""
+        """Return the scheme with the key names of a checkpoint's `extra_config`.
+
+        All of them for 16 bits too, as vLLM fills them in: it compares the entries of what it fuses key by key.
+        """
         if self.weight is None:
-            return {"bits": 16, "data_type": "float"}
+            return {"bits": 16, "group_size": -1, "sym": True, "data_type": "float"}
         weight = self.weight
         return {"bits": weight.bits, "group_size": weight.group_size, "sym": weight.symmetric, "data_type": weight.data_type}
 

@@ -5,16 +5,28 @@ To add a format: write `formats/<name>.py` with a class of `formats.base.Format`
 command line, `hf-autoround list formats` and the law tests read it from there.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-from hf_autoround.formats.auto_round import AutoRoundFormat
+from hf_autoround.errors import UnsupportedScheme
+from hf_autoround.formats.auto_awq import AutoAWQFormat, read_awq_config
+from hf_autoround.formats.auto_gptq import AutoGPTQFormat, read_gptq_config
+from hf_autoround.formats.auto_round import AutoRoundFormat, read_auto_round_config
 from hf_autoround.formats.base import Format, StoredPlan, StoredTensor
 from hf_autoround.formats.fake import FakeFormat
 from hf_autoround.layers.sites import WeightSite
+from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.registry import find
 from hf_autoround.scheme import Scheme
 
-FORMATS: tuple[Format, ...] = (AutoRoundFormat(), FakeFormat())
+FORMATS: tuple[Format, ...] = (AutoRoundFormat(), AutoGPTQFormat(), AutoAWQFormat(), FakeFormat())
+
+_READERS: dict[str, Callable[[Mapping[str, Any]], StoredPlan]] = {
+    "auto-round": read_auto_round_config,
+    "intel/auto-round": read_auto_round_config,
+    "gptq": read_gptq_config,
+    "awq": read_awq_config,
+}
 
 
 def find_formats(names: str) -> list[Format]:
@@ -32,4 +44,32 @@ def reasons_against(formats: Iterable[Format], site: WeightSite, scheme: Scheme)
     return [f"{name} cannot store {site.name}: {reason}" for name, reason in reasons if reason]
 
 
-__all__ = ["FORMATS", "AutoRoundFormat", "Format", "StoredPlan", "StoredTensor", "find_formats", "reasons_against"]
+def refuse_mixtures(formats: Iterable[Format], plan: QuantPlan) -> None:
+    """Raise UnsupportedScheme if a format cannot store a plan."""
+    for target in formats:
+        if reason := target.refuse_plan(plan):
+            raise UnsupportedScheme(f"{target.name} cannot store this: {reason}")
+
+
+def read_config(config: Mapping[str, Any]) -> StoredPlan:
+    """Return what a checkpoint's `quantization_config` says, ours or that of another tool.
+
+    Raises UnsupportedScheme for what we do not read.
+    """
+    method = str(config.get("quant_method", "auto-round"))
+    if method not in _READERS:
+        raise UnsupportedScheme(f"quant_method {method!r} is not supported; there are {', '.join(_READERS)}")
+    return _READERS[method](config)
+
+
+__all__ = [
+    "FORMATS",
+    "AutoRoundFormat",
+    "Format",
+    "StoredPlan",
+    "StoredTensor",
+    "find_formats",
+    "read_config",
+    "reasons_against",
+    "refuse_mixtures",
+]

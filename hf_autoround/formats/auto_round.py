@@ -15,11 +15,12 @@ from torch import Tensor
 
 from hf_autoround import __version__
 from hf_autoround.errors import UnsupportedScheme
-from hf_autoround.formats.base import StoredPlan, StoredTensor
+from hf_autoround.formats.base import StoredPlan, StoredTensor, refuse_ragged, stored_blocks
 from hf_autoround.layers.sites import QuantizedLayer, WeightSite
 from hf_autoround.layouts import AWQ, GPTQ_V1, GPTQ_V2, Layout
+from hf_autoround.planning.fused import note_mixed
 from hf_autoround.planning.plan import QuantPlan
-from hf_autoround.scheme import Scheme, resolve_scheme
+from hf_autoround.scheme import BF16, Scheme, resolve_scheme
 
 QUANT_METHOD = "auto-round"
 PACKING: dict[str, Layout] = {
@@ -30,7 +31,6 @@ PACKING: dict[str, Layout] = {
     "auto_round:gptq": GPTQ_V1,  # what transformers' own class writes
     "auto_round:awq": AWQ(),
 }
-_MULTIPLE = 32  # kernels read whole words: other shapes would load here and nowhere else
 
 
 class AutoRoundFormat:
@@ -42,9 +42,11 @@ class AutoRoundFormat:
     def refuse(self, site: WeightSite, scheme: Scheme) -> str | None:
         """Return why a site cannot be stored under a scheme, or None."""
         assert scheme.weight is not None
-        if any(size % _MULTIPLE for size in site.shape):
-            return f"its shape {site.shape} is not a multiple of {_MULTIPLE} both ways"
-        return GPTQ_V1.refuse(scheme.weight, site.shape)
+        return refuse_ragged(site) or GPTQ_V1.refuse(scheme.weight, site.shape)
+
+    def refuse_plan(self, plan: QuantPlan) -> str | None:
+        """Return None: every layer may have its own scheme."""
+        return None
 
     def layout(self, plan: QuantPlan) -> Layout:
         """Return the layout that a plan's checkpoint is written in."""
@@ -60,7 +62,7 @@ class AutoRoundFormat:
 
     def config(self, plan: QuantPlan, names: Mapping[str, str]) -> dict[str, Any]:
         """Return `quantization_config`; `names` maps layer names to what the checkpoint calls them."""
-        extra = {names.get(name, name): {"bits": 16, "data_type": "float"} for name in sorted(plan.kept)}
+        extra = {names.get(name, name): BF16.to_dict() for name in sorted(plan.kept)}
         for name, scheme in plan.schemes.items():
             if scheme != plan.scheme or not name.startswith(f"{plan.blocks}."):
                 extra[names.get(name, name)] = scheme.to_dict()
@@ -75,12 +77,15 @@ class AutoRoundFormat:
 
     def note(self, plan: QuantPlan) -> str | None:
         """Return which runtimes will not read this plan's checkpoint, or None."""
+        notes = [note_mixed(plan)]
         bits = sorted({scheme.weight.bits for scheme in plan.schemes.values() if scheme.weight} - {4, 8})
-        if not bits:
-            return None
-        widths = ", ".join(str(width) for width in bits)
-        others = "auto-round too" if set(bits) <= {2, 3} else "nothing else"
-        return f"auto_round at {widths} bits: transformers with hf_autoround reads it, {others}; vLLM and SGLang do not"
+        if bits:
+            widths = ", ".join(str(width) for width in bits)
+            others = "auto-round too" if set(bits) <= {2, 3} else "nothing else"
+            notes.append(
+                f"auto_round at {widths} bits: transformers with hf_autoround reads it, {others}; vLLM and SGLang do not"
+            )
+        return "; ".join(filter(None, notes)) or None
 
 
 def read_auto_round_config(config: Mapping[str, Any]) -> StoredPlan:
@@ -99,9 +104,12 @@ def read_auto_round_config(config: Mapping[str, Any]) -> StoredPlan:
         name: resolve_scheme({key: value[key] for key in keys if value.get(key) is not None}, base=scheme)
         for name, value in (config.get("extra_config") or {}).items()
     }
-    blocks = config.get("block_name_to_quantize") or config.get("to_quant_block_names") or ()
-    blocks = tuple(blocks.replace(" ", "").split(",")) if isinstance(blocks, str) else tuple(blocks)
-    return StoredPlan(PACKING[packing], scheme, overrides, blocks)
+    return StoredPlan(PACKING[packing], scheme, overrides, stored_blocks(config))
+
+
+def packing_format(layout: Layout) -> str:
+    """Return what a configuration calls a layout."""
+    return next(name for name, known in PACKING.items() if known == layout)
 
 
 def _weight(plan: QuantPlan, site: WeightSite):  # noqa: ANN202

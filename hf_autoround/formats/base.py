@@ -20,16 +20,33 @@ StoredTensor = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a tenso
 
 
 class Format(Protocol):
-    """A kind of checkpoint. It may refuse a plan; it never changes one."""
+    """A kind of checkpoint. It may refuse a site, or how a plan mixes schemes; it never changes a plan."""
 
     name: str
     runtimes: str  # what reads it, for people
 
     def refuse(self, site: WeightSite, scheme: Scheme) -> str | None: ...
+    def refuse_plan(self, plan: QuantPlan) -> str | None: ...
     def stored(self, plan: QuantPlan, site: WeightSite, dtype: torch.dtype) -> dict[str, StoredTensor]: ...
     def store(self, plan: QuantPlan, site: WeightSite, layer: QuantizedLayer, dtype: torch.dtype) -> dict[str, Tensor]: ...
     def config(self, plan: QuantPlan, names: Mapping[str, str]) -> dict[str, Any] | None: ...
     def note(self, plan: QuantPlan) -> str | None: ...
+
+
+_MULTIPLE = 32
+
+
+def refuse_ragged(site: WeightSite) -> str | None:
+    """Return why integer kernels would not take a site's shape, or None: they read whole words of codes both ways."""
+    if any(size % _MULTIPLE for size in site.shape):
+        return f"its shape {site.shape} is not a multiple of {_MULTIPLE} both ways"
+    return None
+
+
+def stored_blocks(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the paths of the quantized lists of blocks that a configuration names."""
+    blocks = config.get("block_name_to_quantize") or config.get("to_quant_block_names") or ()
+    return tuple(blocks.replace(" ", "").split(",")) if isinstance(blocks, str) else tuple(blocks)
 
 
 @dataclass(frozen=True)

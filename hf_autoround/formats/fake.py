@@ -25,6 +25,10 @@ class FakeFormat:
         """Return why a site cannot be stored, or None."""
         return "its checkpoint keeps all experts in one tensor" if site.fused_on_disk else None
 
+    def refuse_plan(self, plan: QuantPlan) -> str | None:
+        """Return None: floats are floats."""
+        return None
+
     def stored(self, plan: QuantPlan, site: WeightSite, dtype: torch.dtype) -> dict[str, StoredTensor]:
         """Return name inside the layer -> (shape, dtype)."""
         shape = (site.shape[1], site.shape[0]) if site.transposed else site.shape

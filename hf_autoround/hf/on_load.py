@@ -124,7 +124,7 @@ def calibrate_loaded(model: PreTrainedModel, config: AutoRoundConfig, plan: Quan
             for name, layer in result.layers.items():
                 device = model.get_parameter(name).device
                 sites = [site for site in plan.sites if site.parameter == name]
-                install_packed_layers(model, {site: plan.schemes[site.name] for site in sites}, layout)
+                install_packed_layers(model, {site: (plan.schemes[site.name], layout) for site in sites})
                 for site, leaf, tensor in _packed(layer, sites, plan, layout):
                     packed = nn.Parameter(tensor.to(device), requires_grad=False)
                     model.get_submodule(site.name).register_parameter(leaf, packed)

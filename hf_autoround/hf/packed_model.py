@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -27,22 +27,28 @@ def by_parameter(sites: Iterable[WeightSite]) -> dict[str, list[WeightSite]]:
 
 
 def install_packed_layers(
-    model: PreTrainedModel, schemes: Mapping[WeightSite, Scheme], layout: Layout, *, keep_parameters: bool = False
+    model: PreTrainedModel,
+    layers: Mapping[WeightSite, tuple[Scheme, Layout]],
+    *,
+    biases: Container[str] = (),
+    keep_parameters: bool = False,
 ) -> None:
     """Replace the layers of these sites by packed ones on the meta device (biases keep their values).
 
-    With `keep_parameters` the float parameters stay beside the packed ones, for a loader to find: whoever quantizes them
-    takes them away (`drop_parameter`).
+    `biases` names layers that have a bias in the file, whether or not the float model has one there. With
+    `keep_parameters` the float parameters stay beside the packed ones, for a loader to find: whoever quantizes them takes
+    them away (`drop_parameter`).
     """
 
     def packed_layer(site: WeightSite, bias: torch.Tensor | None, dtype: torch.dtype) -> PackedLinear:
+        scheme, layout = layers[site]
         with torch.device("meta"):
-            layer = PackedLinear(site.shape, schemes[site], layout, bias=bias is not None, dtype=dtype)
+            layer = PackedLinear(site.shape, scheme, layout, bias=bias is not None or site.name in biases, dtype=dtype)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return layer
 
-    for name, sites in by_parameter(schemes).items():
+    for name, sites in by_parameter(layers).items():
         path, _, leaf = name.rpartition(".")
         module, parameter = model.get_submodule(path), model.get_parameter(name)
         if sites[0].expert is None:
@@ -52,12 +58,12 @@ def install_packed_layers(
             if keep_parameters:
                 layer.register_parameter(leaf, parameter)
         else:
-            layers = {_expert_place(site): packed_layer(site, None, parameter.dtype) for site in sites}
-            names = tuple(dict.fromkeys(name for _, name in layers))
-            install_packed_experts(module, leaf, names, layers, sites[0].transposed)
+            experts = {_expert_place(site): packed_layer(site, None, parameter.dtype) for site in sites}
+            names = tuple(dict.fromkeys(name for _, name in experts))
+            install_packed_experts(module, leaf, names, experts, sites[0].transposed)
             if keep_parameters:
                 module._parameters[leaf] = parameter
-    _spare_initialisation(model, by_parameter(schemes))
+    _spare_initialisation(model, by_parameter(layers))
 
 
 def drop_parameter(model: PreTrainedModel, name: str) -> None:

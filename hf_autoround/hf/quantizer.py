@@ -11,19 +11,18 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from hf_autoround.backends import select_backend
+from hf_autoround.backends.select import assign_backends, candidates
 from hf_autoround.errors import CheckpointError, UnsupportedLayer
-from hf_autoround.formats.auto_round import read_auto_round_config
+from hf_autoround.formats import read_config
 from hf_autoround.hf.config import AutoRoundConfig
 from hf_autoround.hf.on_load import FORMAT, RoundWhileLoading, calibrate_loaded, calibration_tokens, plan_on_load
 from hf_autoround.hf.packed_model import install_packed_layers, restore_float_layers
+from hf_autoround.hf.stored_model import disk_names, read_stored_model
 from hf_autoround.layers.packed_linear import PackedLinear
-from hf_autoround.layers.sites import WeightSite
-from hf_autoround.models.blocks import find_sites, model_parts
+from hf_autoround.models.blocks import find_sites
 from hf_autoround.models.checkpoint import stored_names
 from hf_autoround.models.loading import names_in_memory
 from hf_autoround.planning.plan import QuantPlan
-from hf_autoround.scheme import BF16, Scheme
 from hf_autoround.trainer.arguments import RoundingArguments
 
 logger = logging.get_logger(__name__)
@@ -40,9 +39,11 @@ class AutoRoundHfQuantizer(HfQuantizer):
         self.tokens: torch.Tensor | None = None  # that it is to be calibrated on
         self.arguments: RoundingArguments | None = None
         self.damaged: list[CheckpointError] = []
+        self.names: dict[str, str] = {}  # of its layers, in memory -> in its files
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse arguments that cannot be meant, and a placement that cannot be calibrated."""
+        candidates(self.quantization_config.backend)
         if self.pre_quantized:
             return
         self.arguments = self.quantization_config.arguments("unused")
@@ -81,34 +82,27 @@ class AutoRoundHfQuantizer(HfQuantizer):
             self._prepare_packed(model, checkpoint_files)
             return
         assert self.arguments is not None
+        keys = {name: key for key, name in names_in_memory(model, stored_names(checkpoint_files or ())).items()}
+        self.names = disk_names(find_sites(model), keys)
         self.plan = plan_on_load(model, self.arguments)
         if self._needs_data:
-            with torch.device("cpu"):  # transformers calls this with meta as the default device
+            with torch.device("cpu"):
                 self.tokens = calibration_tokens(model, self.quantization_config, self.arguments)
         else:
-            schemes = {site: self.plan.schemes[site.name] for site in self.plan.sites}
-            install_packed_layers(model, schemes, FORMAT.layout(self.plan), keep_parameters=True)
+            layout = FORMAT.layout(self.plan)
+            layers = {site: (self.plan.schemes[site.name], layout) for site in self.plan.sites}
+            install_packed_layers(model, layers, keep_parameters=True)
 
     def _prepare_packed(self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None) -> None:
         """Make the packed layers that a quantized checkpoint's tensors go into."""
-        stored = read_auto_round_config(self.quantization_config.to_dict())
-        parts = model_parts(model)
-        packed_in_file = _packed_names(model, checkpoint_files)
-        schemes: dict[WeightSite, Scheme] = {}
-        for site in find_sites(model):
-            inside = site.name.startswith(tuple(f"{path}." for path in stored.blocks or (parts.blocks,)))
-            scheme = stored.scheme_of(site.name, inside)
-            if scheme is None:
-                continue
-            if packed_in_file is not None and site.name not in packed_in_file:
-                logger.warning(
-                    f"{site.name} should have {scheme.name} by the checkpoint's config, but the file holds it as float: loaded so"
-                )
-                truth = dict(getattr(self.quantization_config, "extra_config", None) or {})
-                self.quantization_config.extra_config = truth | {site.name: BF16.to_dict()}
-                continue
-            schemes[site] = scheme
-        install_packed_layers(model, schemes, stored.layout)
+        config = self.quantization_config
+        with torch.device("cpu"):  # transformers calls this with meta as the default device
+            stored = read_stored_model(model, read_config(config.to_dict()), checkpoint_files)
+        if stored.config is not None:
+            self.quantization_config = AutoRoundConfig(**stored.config, backend=config.backend)
+        install_packed_layers(model, stored.layers, biases=stored.biases)
+        # groups in order need no index
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), r"\.g_idx$"}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.damaged:
@@ -117,16 +111,12 @@ class AutoRoundHfQuantizer(HfQuantizer):
             if self.tokens is not None:
                 model.config.quantization_config = None  # it is a float model still
                 calibrate_loaded(model, self.quantization_config, self.plan, self.tokens)
-            config = FORMAT.config(self.plan, {})
+            config = FORMAT.config(self.plan, self.names)
             self.quantization_config = AutoRoundConfig(**config, backend=self.quantization_config.backend)
-        backends: dict[str, int] = {}
-        for name, module in model.named_modules():
+        for module in model.modules():
             if isinstance(module, PackedLinear):
                 module.requires_grad_(False)  # transformers makes float parameters trainable
-                backend = select_backend(module, name, torch.device("cpu"), self.quantization_config.backend)
-                module.kernel = backend.forward
-                backends[backend.name] = backends.get(backend.name, 0) + 1
-        logger.info(f"backends: {', '.join(f'{count} layers by {name}' for name, count in backends.items())}")
+        assign_backends(model, self.quantization_config.backend)
         model.config.quantization_config = self.quantization_config
         return model
 
@@ -158,11 +148,3 @@ class AutoRoundHfQuantizer(HfQuantizer):
     @property
     def _parameters(self) -> set[str]:
         return {site.parameter for site in self.plan.sites} if self.plan is not None else set()
-
-
-def _packed_names(model: PreTrainedModel, files: Iterable[str] | None) -> set[str] | None:
-    """Return the layers that the files hold packed, by their names in memory; None if there are no files to look into."""
-    if not files:
-        return None
-    packed = [name for name in stored_names(files) if name.endswith(".qweight")]
-    return {name.removesuffix(".qweight") for name in names_in_memory(model, packed).values()}

@@ -13,11 +13,19 @@ def register() -> None:
     """Put our quantizer and configuration in place of transformers' own. Doing it twice changes nothing."""
     from transformers.quantizers import auto
 
-    from hf_autoround.hf.config import AutoRoundConfig
+    from hf_autoround.hf.config import AutoRoundConfig, TransformersAutoRoundConfig
 
+    # what a caller who passes AutoRoundConfig() for a GPTQ or AWQ checkpoint gets: transformers' own refuses some of them
+    TransformersAutoRoundConfig.from_dict = classmethod(_from_dict)
     for method in ("auto-round", "intel/auto-round"):
         auto.AUTO_QUANTIZER_MAPPING[method] = _quantizer
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = AutoRoundConfig
+
+
+def _from_dict(cls: type, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+    from hf_autoround.hf.config import AutoRoundConfig
+
+    return AutoRoundConfig.from_dict(config_dict, return_unused_kwargs, **kwargs)
 
 
 def _quantizer(quantization_config: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_autoround.layouts.awq import AWQ
 from hf_autoround.layouts.gptq import GPTQ
+from hf_autoround.layouts.gptq_indexed import IndexedGPTQ
 from hf_autoround.numerics import QuantizedTensor
 from hf_autoround.scheme import TensorSpec
 
@@ -44,4 +45,4 @@ GPTQ_V2 = GPTQ("gptq_v2", zero_offset=0)
 
 LAYOUTS: tuple[Layout, ...] = (GPTQ_V1, GPTQ_V2, AWQ())
 
-__all__ = ["AWQ", "GPTQ_V1", "GPTQ_V2", "LAYOUTS", "IntegerLayout", "Layout"]
+__all__ = ["AWQ", "GPTQ", "GPTQ_V1", "GPTQ_V2", "LAYOUTS", "IndexedGPTQ", "IntegerLayout", "Layout"]

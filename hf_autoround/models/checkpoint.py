@@ -45,9 +45,10 @@ class TensorEntry:
 
 
 class Checkpoint(Protocol):
-    """Named float tensors that are read when they are needed."""
+    """Named float tensors that are read when they are needed; `folder` is where they lie, None if in memory."""
 
     entries: Mapping[str, TensorEntry]
+    folder: Path | None
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]: ...
     def read_slice(self, key: str, index: int) -> Tensor: ...
@@ -58,7 +59,7 @@ class CheckpointFolder:
     """The safetensors files of a model folder. Damage is found when it is opened, not hours later."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder: Path = folder
         self.entries = _read_entries(folder)
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -115,7 +116,7 @@ class CheckpointInMemory:
     """The tensors of a model that is already loaded, under the names its checkpoint would have."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors = tensors
+        self.tensors, self.folder = tensors, None
         self.entries = {key: TensorEntry(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -139,6 +140,16 @@ class CheckpointInMemory:
 def stored_names(files: Iterable[str | Path]) -> set[str]:
     """Return the names of all tensors in some safetensors files; other files are passed over."""
     return {name for file in files if str(file).endswith(".safetensors") for name in _read_header(Path(file))}
+
+
+def read_tensors(files: Iterable[str | Path], suffix: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of every tensor in some safetensors files whose name ends so; small ones, for looking."""
+    for file in files:
+        names = [name for name in stored_names([file]) if name.endswith(suffix)]
+        if names:
+            with safe_open(file, framework="pt") as handle:
+                for name in sorted(names):
+                    yield name, handle.get_tensor(name)
 
 
 def _read_entries(folder: Path) -> dict[str, TensorEntry]:

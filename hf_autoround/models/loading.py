@@ -31,6 +31,7 @@ from transformers.utils import logging
 
 from hf_autoround.errors import CheckpointError, UnsupportedLayer
 from hf_autoround.models.checkpoint import Checkpoint, CheckpointFolder, CheckpointInMemory
+from hf_autoround.models.float8_source import Float8Checkpoint, refuse_source
 from hf_autoround.models.quirks import quirk
 
 
@@ -63,13 +64,15 @@ def open_model(model: str | Path | PreTrainedModel, *, trust_remote_code: bool =
         tensors = revert_weight_conversion(model, state)
         if any(tensor.device.type == "meta" for tensor in tensors.values()):
             raise CheckpointError("the model is partly offloaded; pass the folder or id that it was loaded from instead")
-        config, checkpoint, name = model.config, CheckpointInMemory(tensors), model.name_or_path or type(model).__name__
+        config, name = model.config, model.name_or_path or type(model).__name__
+        checkpoint: Checkpoint = CheckpointInMemory(tensors)
         model_class: type | None = type(model)
     else:
         folder, name = _find_folder(model), str(model)
         config = _read_config(folder, trust_remote_code)
         checkpoint, model_class = CheckpointFolder(folder), None
-    _refuse_model(config, name)
+    checkpoint, config = _as_floats(checkpoint, config, name)
+    refuse_model_type(config, name)
     skeleton = build_skeleton(config, model_class, trust_remote_code)
     return LazyModel(skeleton, checkpoint, names_in_memory(skeleton, checkpoint.entries), name)
 
@@ -183,12 +186,21 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
         raise CheckpointError(f"{folder / 'config.json'} cannot be used: {reason}") from error
 
 
-def _refuse_model(config: PretrainedConfig, name: str) -> None:
-    method = getattr(config, "quantization_config", None)
-    if method is not None:
-        kind = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", "")
-        raise CheckpointError(f"{name} is already quantized ({getattr(kind, 'value', kind)}); start from its float checkpoint")
-    refuse_model_type(config, name)
+def _as_floats(checkpoint: Checkpoint, config: PretrainedConfig, name: str) -> tuple[Checkpoint, PretrainedConfig]:
+    """Return a checkpoint and its configuration without the float8 that it may be stored in.
+
+    Raises CheckpointError for a checkpoint that is quantized otherwise.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return checkpoint, config
+    method = stored if isinstance(stored, dict) else stored.to_dict()
+    reason = refuse_source({**method, "quant_method": getattr(method.get("quant_method"), "value", method.get("quant_method"))})
+    if reason:
+        raise CheckpointError(f"{name} is {reason}")
+    plain = deepcopy(config)
+    del plain.quantization_config
+    return Float8Checkpoint(checkpoint, method, config.dtype or torch.bfloat16), plain
 
 
 def refuse_model_type(config: PretrainedConfig, name: str) -> None:

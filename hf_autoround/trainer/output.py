@@ -18,7 +18,6 @@ from typing import Any
 from hf_autoround.errors import AutoRoundError, OutputError
 from hf_autoround.formats.base import Format
 from hf_autoround.formats.writer import CheckpointSink, checkpoint_names, manifest, write_config
-from hf_autoround.models.checkpoint import CheckpointFolder
 from hf_autoround.models.loading import LazyModel
 from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.streams.journal import FOLDER as JOURNAL
@@ -156,7 +155,7 @@ class OutputFolder:
 
 def copy_companions(lazy: LazyModel, folder: Path, processing_class: Any) -> None:
     """Copy what else a model folder holds (tokenizer, generation config, chat template, code), or save it from memory."""
-    if isinstance(lazy.checkpoint, CheckpointFolder):
+    if lazy.checkpoint.folder is not None:
         for path in sorted(lazy.checkpoint.folder.iterdir()):
             if path.is_file() and path.suffix not in _WEIGHTS and path.name not in _NOT_COPIED and not path.name.startswith("."):
                 shutil.copyfile(path, folder / path.name)
@@ -167,7 +166,7 @@ def copy_companions(lazy: LazyModel, folder: Path, processing_class: Any) -> Non
 
 
 def _model_config(lazy: LazyModel) -> dict[str, Any]:
-    if isinstance(lazy.checkpoint, CheckpointFolder):
+    if lazy.checkpoint.folder is not None:
         return json.loads((lazy.checkpoint.folder / "config.json").read_text())
     config = lazy.model.config.to_dict()
     stored = next(entry.dtype for entry in lazy.checkpoint.entries.values() if entry.dtype.is_floating_point)

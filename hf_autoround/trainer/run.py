@@ -16,9 +16,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 from hf_autoround import __version__
 from hf_autoround.calibration.batches import CalibrationSet, calibration_set
 from hf_autoround.errors import AutoRoundError, CheckpointError, UnsupportedScheme
-from hf_autoround.formats import find_formats, reasons_against
+from hf_autoround.formats import find_formats, reasons_against, refuse_mixtures
 from hf_autoround.models.blocks import ModelParts, model_parts
-from hf_autoround.models.checkpoint import CheckpointFolder
 from hf_autoround.models.loading import LazyModel, open_model
 from hf_autoround.models.placement import resolve_placement
 from hf_autoround.planning.model_plan import plan_model
@@ -53,7 +52,7 @@ class Run:
     def tokenizer_to_save(self, given: Any) -> Any:
         """Return the tokenizer that belongs to the checkpoint: the given one, or that of a model in memory; None if the
         model folder's own files are copied."""
-        if given is not None or isinstance(self.lazy.checkpoint, CheckpointFolder):
+        if given is not None or self.lazy.checkpoint.folder is not None:
             return self.processing_class if given is not None else None
         return self.processing_class or _tokenizer(self.lazy, self.args.trust_remote_code)
 
@@ -115,6 +114,7 @@ def prepare(model: str | Path | PreTrainedModel, args: RoundingArguments, train_
         quant_lm_head=args.quant_lm_head,
         refuse=lambda site, chosen: reasons_against(formats, site, chosen),
     )
+    refuse_mixtures(formats, plan)
     keys = source_keys(lazy, plan)
     if isinstance(processing_class, str | Path):
         processing_class = AutoTokenizer.from_pretrained(processing_class, trust_remote_code=args.trust_remote_code)
@@ -144,7 +144,7 @@ def prepare(model: str | Path | PreTrainedModel, args: RoundingArguments, train_
 
 def _tokenizer(lazy: LazyModel, trust_remote_code: bool) -> Any:
     """Load the model's tokenizer, or None if it has none (token ids need none)."""
-    source = lazy.checkpoint.folder if isinstance(lazy.checkpoint, CheckpointFolder) else lazy.name
+    source = lazy.checkpoint.folder or lazy.name
     if isinstance(source, Path) and not any(source.glob("tokenizer*")) and not any(source.glob("*.model")):
         return None
     try:

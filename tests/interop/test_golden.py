@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_autoround import AutoRound
+from hf_autoround import AutoRound, AutoRoundConfig
 from hf_autoround.layers.packed_linear import PackedLinear
 
 # folder: (float model, arguments of the same plain round to nearest, relative error of its weights)
@@ -31,7 +31,29 @@ GOLDEN = {
         None,
     ),
     "moe_w4": ("qwen3moe", {"scheme": "W4A16"}, 0.104),
+    "llama_w4_gptq": ("llama", {"scheme": "W4A16"}, 0.104),
+    "llama_w3_gptq": ("llama", {"scheme": "W3A16"}, 0.208),
+    "llama_w4_mixed_gptq": (
+        "llama",
+        {
+            "scheme": "W4A16",
+            "layer_config": {"k_proj": {"bits": 2, "group_size": 32}, "layers.0.self_attn.q_proj": {"bits": 8, "group_size": 32}},
+            "ignore_layers": ["down_proj"],
+        },
+        None,
+    ),
+    "llama_w4_awq": ("llama", {"scheme": "W4A16"}, 0.104),
 }
+COMMON = ("bits", "group_size", "sym", "quant_method")
+KEYS = {  # of the configuration: what other readers look for
+    "auto_round": (*COMMON, "data_type", "packing_format", "block_name_to_quantize"),
+    "auto_gptq": (*COMMON, "desc_act", "lm_head", "true_sequential", "damp_percent"),
+    "auto_awq": (*COMMON, "version", "zero_point", "modules_to_not_convert"),
+}
+
+
+def written_by(name):
+    return {"gptq": "auto_gptq", "awq": "auto_awq"}.get(name.rpartition("_")[2], "auto_round")
 
 
 def checkpoint(shared, name):
@@ -41,7 +63,9 @@ def checkpoint(shared, name):
 @pytest.mark.parametrize("name", GOLDEN)
 def test_ours_loads_it_with_the_right_weights(name, shared):
     source, _, expected = GOLDEN[name]
-    model = AutoModelForCausalLM.from_pretrained(checkpoint(shared, name), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint(shared, name), dtype=torch.float32, quantization_config=AutoRoundConfig()
+    )
     exact = load_file(shared / "golden" / source / "model.safetensors")
     layers = {path: module for path, module in model.named_modules() if isinstance(module, PackedLinear)}
     assert layers
@@ -56,7 +80,9 @@ def test_ours_loads_it_with_the_right_weights(name, shared):
 @pytest.mark.parametrize("name", [name for name, (_, arguments, _) in GOLDEN.items() if arguments is not None])
 def test_our_round_to_nearest_equals_theirs_tensor_for_tensor(name, shared, tmp_path):
     source, arguments, _ = GOLDEN[name]
-    AutoRound(str(shared / "golden" / source), recipe="rtn", disable_tqdm=True, **arguments).quantize_and_save(tmp_path / "out")
+    AutoRound(str(shared / "golden" / source), recipe="rtn", disable_tqdm=True, **arguments).quantize_and_save(
+        tmp_path / "out", written_by(name)
+    )
     ours = load_file(tmp_path / "out" / "model.safetensors")
     theirs = load_file(checkpoint(shared, name) / "model.safetensors")
     assert ours.keys() == theirs.keys()
@@ -66,7 +92,7 @@ def test_our_round_to_nearest_equals_theirs_tensor_for_tensor(name, shared, tmp_
         json.loads((folder / "config.json").read_text())["quantization_config"]
         for folder in (tmp_path / "out", checkpoint(shared, name))
     )
-    for key in ("bits", "group_size", "sym", "data_type", "quant_method", "packing_format", "block_name_to_quantize"):
+    for key in KEYS[written_by(name)]:
         assert config[key] == other[key], key
 
 

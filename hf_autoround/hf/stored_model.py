@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A quantized checkpoint, ours or another tool's, against the model it is loaded into: which layer lies packed, and how.
+
+The configuration says what should be; the files say what is. Where they differ, the files are right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from hf_autoround.formats import AutoRoundFormat, StoredPlan
+from hf_autoround.formats.auto_round import packing_format
+from hf_autoround.layers.sites import WeightSite
+from hf_autoround.layouts import GPTQ, IndexedGPTQ, Layout
+from hf_autoround.layouts.gptq_indexed import groups_in_order
+from hf_autoround.models.blocks import find_sites, model_parts, other_matrices
+from hf_autoround.models.checkpoint import read_tensors, stored_names
+from hf_autoround.models.loading import names_in_memory
+from hf_autoround.planning.plan import QuantPlan
+from hf_autoround.scheme import Scheme
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """What to make of a checkpoint: the packed layers, the names of those with a bias, and the same in auto_round's words.
+
+    `config` is None if auto_round cannot say it: groups of inputs out of order.
+    """
+
+    layers: dict[WeightSite, tuple[Scheme, Layout]]
+    biases: set[str]
+    config: dict[str, Any] | None
+
+
+def read_stored_model(model: PreTrainedModel, stored: StoredPlan, files: Iterable[str] | None) -> StoredModel:
+    """Return what a checkpoint holds for a model on the meta device; `files` are its weight files (None: not known)."""
+    parts, files = model_parts(model), list(files or ())
+    keys = {name: key for key, name in names_in_memory(model, stored_names(files)).items()}
+    scattered_layers = _scattered_layers(files, {key: name for name, key in keys.items()}, stored)
+    sites = find_sites(model)
+    names = disk_names(sites, keys)
+    layers: dict[WeightSite, tuple[Scheme, Layout]] = {}
+    kept = dict.fromkeys(other_matrices(model, parts, sites), "it is no layer of its own")
+    for site in sites:
+        own = names.get(site.name, site.name)
+        inside = any(name.startswith(f"{path}.") for path in stored.blocks or (parts.blocks,) for name in (site.name, own))
+        scheme = stored.scheme_of(own, inside)
+        if scheme is not None and (not files or f"{site.name}.qweight" in keys):
+            layers[site] = scheme, _indexed(stored.layout) if site.name in scattered_layers else stored.layout
+            continue
+        if scheme is not None:
+            logger.warning(
+                f"{site.name} should have {scheme.name} by the checkpoint's config, but the file holds it as float: loaded so"
+            )
+        if parts.block_of(site.name) is not None or site.name == parts.head:
+            kept[site.name] = "the checkpoint holds it as float"
+    schemes = {site.name: scheme for site, (scheme, _) in layers.items()}
+    plan = QuantPlan(stored.scheme, tuple(layers), schemes, kept, parts.blocks)
+    config = AutoRoundFormat().config(plan, names) | {"packing_format": packing_format(stored.layout)}
+    biases = {site.name for site in layers if f"{site.name}.bias" in keys}
+    return StoredModel(layers, biases, None if scattered_layers else config)
+
+
+def disk_names(sites: Iterable[WeightSite], keys: Mapping[str, str]) -> dict[str, str]:
+    """Return layer name in memory -> in the files; `keys` maps tensor names in memory to those in the files."""
+    found = {}
+    for site in sites:
+        key = keys.get(f"{site.name}.qweight") or keys.get(f"{site.name}.weight")
+        if key is not None:
+            found[site.name] = key.rpartition(".")[0]
+    return found
+
+
+def _indexed(layout: Layout) -> Layout:
+    assert isinstance(layout, GPTQ)
+    return IndexedGPTQ(layout)
+
+
+def _scattered_layers(files: list[str], names: Mapping[str, str], stored: StoredPlan) -> set[str]:
+    """Return the layers (by name in memory) whose `g_idx` does not just count."""
+    found = set()
+    for key, group_of in read_tensors(files, ".g_idx"):
+        scheme = stored.scheme_of(key.removesuffix(".g_idx"), True)
+        if scheme is None or scheme.weight is None:
+            continue
+        if not torch.equal(group_of.to(torch.int32), groups_in_order(len(group_of), scheme.weight.granularity)):
+            found.add(names[key].removesuffix(".g_idx"))
+    return found

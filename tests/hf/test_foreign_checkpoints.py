@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of other tools load with AutoRoundConfig(), compute what they say, and are saved in auto_round form."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tokens
+from transformers import AutoModelForCausalLM
+from transformers import AutoRoundConfig as TransformersAutoRoundConfig
+
+from hf_autoround import AutoRound, AutoRoundConfig
+from hf_autoround.errors import UnsupportedScheme
+from hf_autoround.layers.packed_linear import PackedLinear
+
+GOLDEN = ["llama_w4_gptq", "llama_w3_gptq", "llama_w4_mixed_gptq", "llama_w4_awq"]
+ERRORS = {2: (0.35, 0.4), 3: (0.2, 0.22), 4: (0.1, 0.106), 8: (0.004, 0.007)}  # relative, of round to nearest
+
+
+def load(folder, config=None):
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=config or AutoRoundConfig(), output_loading_info=True
+    )
+    assert not any(report.values()), report
+    return model
+
+
+def write(model, folder, target, **arguments):
+    AutoRound(str(model), recipe="rtn", disable_tqdm=True, **arguments).quantize_and_save(folder, f"{target},fake")
+    return folder / target, folder / "fake"
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def assert_saves_in_auto_round_form(model, folder):
+    rows = tokens()[:2]
+    logits = model(rows).logits
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "auto-round" and config["packing_format"].startswith("auto_round")
+    again, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(report.values()), report
+    assert torch.equal(again(rows).logits, logits)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_what_another_tool_wrote_loads(name, shared, tmp_path):
+    folder = next(path.parent for path in sorted((shared / "golden" / name).rglob("config.json")))
+    model = load(folder)
+    exact = load_file(shared / "golden" / "llama" / "model.safetensors")
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, PackedLinear)}
+    assert len(layers) == (12 if "mixed" in name else 14)
+    for path, layer in layers.items():
+        weight = exact[f"{path}.weight"].float()
+        low, high = ERRORS[layer.spec.bits]
+        assert low < (layer.dequantized() - weight).norm() / weight.norm() < high, path
+    assert_saves_in_auto_round_form(model, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("config", [AutoRoundConfig, TransformersAutoRoundConfig], ids=["ours", "transformers'"])
+@pytest.mark.parametrize(
+    ("target", "arguments"),
+    [
+        ("auto_gptq", {"scheme": "W4A16G32"}),
+        ("auto_gptq", {"scheme": "W2A16G32", "sym": False}),
+        (
+            "auto_gptq",
+            {"scheme": "W8A16", "group_size": -1, "layer_config": {"k_proj": {"bits": 3}}, "ignore_layers": ["o_proj"]},
+        ),
+        ("auto_gptq", {"scheme": "W4A16G32", "quant_lm_head": True}),
+        ("auto_awq", {"scheme": "W4A16G32"}),
+        ("auto_awq", {"scheme": "W4A16G32", "sym": False, "ignore_layers": ["layers.1"]}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_what_we_write_in_their_form_loads(target, arguments, config, tiny_model, tmp_path):
+    packed, fake = write(tiny_model("llama"), tmp_path / "out", target, **arguments)
+    rows = tokens()[:2]
+    model = load(packed, config())
+    expected = AutoModelForCausalLM.from_pretrained(fake, dtype=torch.float32)(rows).logits
+    assert torch.equal(model(rows).logits, expected)
+    assert_saves_in_auto_round_form(model, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+def test_experts_of_gptq_files_load(name, tiny_model, tmp_path):
+    packed, fake = write(tiny_model(name), tmp_path / "out", "auto_gptq", scheme="W4A16G32")
+    rows = tokens()[:2]
+    model = load(packed)
+    assert torch.equal(model(rows).logits, AutoModelForCausalLM.from_pretrained(fake, dtype=torch.float32)(rows).logits)
+    assert_saves_in_auto_round_form(model, tmp_path / "saved")
+
+
+def test_what_gptqmodel_notes_in_its_files_does_not_matter(tiny_model, tmp_path):
+    packed, _ = write(tiny_model("llama"), tmp_path / "out", "auto_gptq", scheme="W4A16G32")
+    logits = load(packed)(tokens()).logits
+    edit_config(
+        packed, meta={"quantizer": ["gptqmodel:7.6.0"]}, dataset="wikitext2", tokenizer=None, exllama_config={"version": 1}
+    )
+    assert torch.equal(load(packed)(tokens()).logits, logits)
+
+
+def test_biases_that_only_the_file_has_are_added(tiny_model, tmp_path):
+    packed, _ = write(tiny_model("llama"), tmp_path / "out", "auto_gptq", scheme="W4A16G32")
+    tensors = load_file(packed / "model.safetensors")
+    name = "model.layers.2.mlp.down_proj"
+    tensors[f"{name}.bias"] = torch.linspace(-1, 1, 64).half()
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    model = load(packed)
+    inputs = torch.randn(3, 96)
+    layer = model.get_submodule(name)
+    expected = inputs @ layer.dequantized().t() + tensors[f"{name}.bias"].float()
+    assert torch.allclose(layer(inputs), expected, atol=1e-5)
+    assert_saves_in_auto_round_form(model, tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"quant_method": "awq", "version": "gemv"}, "version 'gemv'"),
+        ({"quant_method": "hqq"}, "quant_method 'hqq'"),
+        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "'marlin'"),
+        ({"quant_method": "gptq", "bits": 5}, "5 bits"),
+    ],
+    ids=["gemv", "hqq", "marlin", "5 bits"],
+)
+def test_what_is_not_read_is_refused_with_a_sentence(changes, says, tiny_model, tmp_path):
+    packed, _ = write(tiny_model("llama"), tmp_path / "out", "auto_gptq", scheme="W4A16G32")
+    edit_config(packed, **changes)
+    with pytest.raises(UnsupportedScheme, match=says):
+        load(packed)
