@@ -265,3 +265,23 @@ def test_a_compiled_model_generates_with_a_static_cache(tiny_model, tmp_path):
     torch._dynamo.reset()
     model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
     assert torch.equal(model.generate(tokens()[:1], cache_implementation="static", **arguments), eager)
+
+
+def test_offloaded_layers_are_dequantized_and_the_others_run_by_kernels(tiny_model, tmp_path):
+    source = tiny_model("llama", torch.bfloat16)
+    AutoRound(str(source), scheme="W4A16", group_size=32, recipe="rtn", disable_tqdm=True).quantize_and_save(tmp_path / "out")
+    parts = ("embed_tokens", "layers.0", "layers.1", "layers.2", "norm", "rotary_emb")
+    places = {f"model.{part}": "disk" if part == "layers.1" else "cpu" for part in parts} | {"lm_head": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.bfloat16, device_map=places, offload_folder=tmp_path / "offloaded"
+    )
+    used = [
+        {module.kernel.__self__.name for module in layer.modules() if isinstance(module, PackedLinear)}
+        for layer in model.model.layers
+    ]
+    assert used == [{"cpu_int4"}, {"torch"}, {"cpu_int4"}]
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    assert distance(model(tokens()[:2]).logits, whole(tokens()[:2]).logits) < 0.02
+    model.save_pretrained(tmp_path / "again")
+    first, second = (load_file(tmp_path / folder / "model.safetensors") for folder in ("out", "again"))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
