@@ -5,8 +5,9 @@ The kernel decodes four to five times faster than a bfloat16 `linear`, and from 
 the weight is dequantized, some rows at a time, from the kernel's own order: its blocks hold the codes column by column, so
 one mask, one subtraction, one conversion and one product with the scales give a transposed piece of the weight.
 
-The kernel computes (code - 8) scale + zero in bfloat16. Other widths are widened to 4 or to 8 bits, their middle moved to the
-middle: then symmetric grids need no zero, which bfloat16 would round. 8 bits are 16 high + low.
+The kernel computes (code - 8) scale + zero in bfloat16. Other widths are widened to 4 or to 8 bits by zeros below, with a
+smaller scale: then the middle stays in the middle and symmetric grids need no zero, which bfloat16 would round, and the high
+half of 5 bits holds all but the last of them. 8 bits are 16 high + low.
 
 Shapes: M rows of inputs, N out features, K in features, g inputs that share a scale in the kernel, G = K / g.
 """
@@ -26,7 +27,8 @@ from hf_autoround.layouts import IntegerLayout
 from hf_autoround.numerics.grouping import group_columns
 
 _GROUPS = (256, 128, 64, 32)  # what the kernel takes
-_ROWS = 512  # rows dequantized at a time
+_ROWS = 512  # rows of the weight dequantized at a time
+_FEW = {4: 40, 8: 20}  # rows of inputs up to which the kernel is faster, by width
 
 
 class Int4Codes(Repacked):
@@ -41,13 +43,13 @@ class Int4Codes(Repacked):
         layout, bits = cast(IntegerLayout, layer.layout), layer.spec.bits
         shape = (layer.out_features, layer.in_features)
         self.width, self.middle = (4, 8) if bits <= 4 else (8, 128)
-        self.offset = self.middle - 2 ** (bits - 1)
+        self.shift = self.width - bits
         order, group = measured_order(shape[0]), kernel_group(layer)
         assert order is not None and group is not None
         self.order, self.group = order, group
-        codes = layout.unpack_codes(layer.qweight, layer.spec, shape) + self.offset
-        zeros = self.spread(layout.unpack_zeros(layer.qzeros, layer.spec, shape[0]).t(), layer) + self.offset
-        scales = self.spread(layer.scales, layer).float()
+        codes = layout.unpack_codes(layer.qweight, layer.spec, shape) << self.shift
+        zeros = self.spread(layout.unpack_zeros(layer.qzeros, layer.spec, shape[0]).t(), layer) << self.shift
+        scales = self.scales(layer, torch.float32)
         zero = (self.middle - zeros.float()) * scales
         if self.width == 4:
             self.register_buffer("high", pack_int4(codes), persistent=False)
@@ -68,14 +70,19 @@ class Int4Codes(Repacked):
         first = torch.arange(0, layer.in_features, self.group, device=groups.device)
         return groups[first // size]
 
+    def scales(self, layer: PackedLinear, dtype: torch.dtype) -> Tensor:
+        """Return the scales of the widened codes, (G, N)."""
+        return self.spread(layer.scales, layer).to(dtype) / 2**self.shift
+
     def codes(self) -> Tensor:
         """Return the unsigned codes (N, K) uint8 of the layer's layout."""
         high = self.order.unpack(self.high)
         codes = high if self.width == 4 else (high << 4) | self.order.unpack(self.low)
-        return codes - self.offset
+        return codes >> self.shift
 
     def few(self, rows: Tensor) -> Tensor:
         """Return x W^T by the kernel: bfloat16 (M, K) -> (M, N)."""
+        rows = rows.contiguous()
         outputs = _kernel(rows, self.high, self.high_scales, self.group)
         return outputs if self.width == 4 else outputs + _kernel(rows, self.low, self.low_scales, self.group)
 
@@ -84,7 +91,7 @@ class Int4Codes(Repacked):
 
         A piece is overwritten by the next.
         """
-        scales = self.spread(layer.scales, layer).to(dtype)
+        scales = self.scales(layer, dtype)
         columns = layer.in_features
         buffer = torch.empty(columns * min(_ROWS, layer.out_features), dtype=dtype, device=scales.device)
         lows = self.order.segments(self.low, _ROWS) if self.width == 8 else None
@@ -113,7 +120,6 @@ class CPUInt4(Backend):
     """2 to 8 bits on a CPU, by torch's int4 kernel, in bfloat16; faster than a bfloat16 model at decoding"""
 
     name = "cpu_int4"
-    most_rows = {4: 48, 8: 16}  # the kernel is faster up to here
 
     def refuse(self, layer: PackedLinear, device: torch.device) -> str | None:
         """Return why the kernel cannot run a layer there, or None."""
@@ -138,32 +144,33 @@ class CPUInt4(Backend):
 
     def forward(self, layer: PackedLinear, inputs: Tensor) -> Tensor:
         """Return x W^T + b in the dtype of x: float32 in float32, others in bfloat16."""
-        return multiply(layer, inputs, self._outputs, self._input_gradient)
+        return multiply(layer, inputs, _outputs, _input_gradient)
 
-    def _outputs(self, layer: PackedLinear, rows: Tensor) -> Tensor:
-        codes = cast(Int4Codes, layer.repacked)
-        dtype = compute_dtype(rows)
-        if dtype == torch.bfloat16 and 0 < len(rows) <= self.most_rows[codes.width]:
-            return codes.few(rows.to(dtype)).to(rows.dtype)
-        outputs = []
-        for part, piece in codes.pieces(layer, dtype):
-            product = rows.to(dtype) @ piece
-            if not part.in_order:
-                back = torch.tensor(part.order).argsort()
-                product = product.unflatten(1, (-1, len(part.order)))[..., back].flatten(1)
-            outputs.append(product)
-        return torch.cat(outputs, 1).to(rows.dtype)
 
-    def _input_gradient(self, layer: PackedLinear, gradient: Tensor) -> Tensor:
-        codes = cast(Int4Codes, layer.repacked)
-        dtype = compute_dtype(gradient)
-        total = torch.zeros(len(gradient), layer.in_features, device=gradient.device)
-        for part, piece in codes.pieces(layer, dtype):
-            columns = gradient[:, part.first : part.last].to(dtype)
-            if not part.in_order:
-                columns = columns.unflatten(1, (-1, len(part.order)))[..., list(part.order)].flatten(1)
-            total += columns @ piece.t()
-        return total.to(gradient.dtype)
+def _outputs(layer: PackedLinear, rows: Tensor) -> Tensor:
+    codes = cast(Int4Codes, layer.repacked)
+    dtype = compute_dtype(rows)
+    if dtype == torch.bfloat16 and 0 < len(rows) <= _FEW[codes.width]:
+        return codes.few(rows.to(dtype)).to(rows.dtype)
+    outputs = []
+    for part, piece in codes.pieces(layer, dtype):
+        product = rows.to(dtype) @ piece
+        if not part.in_order:
+            product = product.unflatten(1, (-1, len(part.order)))[..., part.back].flatten(1)
+        outputs.append(product)
+    return torch.cat(outputs, 1).to(rows.dtype)
+
+
+def _input_gradient(layer: PackedLinear, gradient: Tensor) -> Tensor:
+    codes = cast(Int4Codes, layer.repacked)
+    dtype = compute_dtype(gradient)
+    total = torch.zeros(len(gradient), layer.in_features, dtype=torch.promote_types(dtype, torch.float32))
+    for part, piece in codes.pieces(layer, dtype):
+        columns = gradient[:, part.first : part.last].to(dtype)
+        if not part.in_order:
+            columns = columns.unflatten(1, (-1, len(part.order)))[..., part.order].flatten(1)
+        total += columns @ piece.t()
+    return total.to(gradient.dtype)
 
 
 def kernel_group(layer: PackedLinear) -> int | None:
@@ -194,4 +201,4 @@ def _halves(high: Tensor, low: Tensor | None) -> Iterator[Tensor]:
 def _in_order(values: Tensor, part: Segment) -> Tensor:
     """Return the columns of (G, N) that a segment holds, in its order: (G, blocks, B)."""
     columns = values[:, part.first : part.last].unflatten(1, (-1, len(part.order)))
-    return columns if part.in_order else columns[..., list(part.order)]
+    return columns if part.in_order else columns[..., part.order]

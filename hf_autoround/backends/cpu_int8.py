@@ -20,7 +20,7 @@ from hf_autoround.layers.packed_linear import PackedLinear, Repacked
 from hf_autoround.layouts import IntegerLayout
 from hf_autoround.numerics.grouping import group_count
 
-_FEW = 16  # rows up to which the kernel is faster
+_FEW = 12  # rows up to which the kernel is faster
 _ROWS = 512  # rows of the weight converted at a time
 
 
@@ -81,7 +81,7 @@ def _outputs(layer: PackedLinear, rows: Tensor) -> Tensor:
     codes, dtype = cast(Int8Codes, layer.repacked), compute_dtype(rows)
     values = rows.to(dtype)
     if dtype == torch.bfloat16 and 0 < len(rows) <= _FEW:
-        return torch.ops.aten._weight_int8pack_mm(values, codes.signed, codes.scales).to(rows.dtype)
+        return torch.ops.aten._weight_int8pack_mm(values.contiguous(), codes.signed, codes.scales).to(rows.dtype)
     outputs = torch.cat([F.linear(values, piece) for _, piece in codes.pieces(dtype)], 1)
     return (outputs * layer.scales[0].to(dtype)).to(rows.dtype)
 
@@ -89,7 +89,7 @@ def _outputs(layer: PackedLinear, rows: Tensor) -> Tensor:
 def _input_gradient(layer: PackedLinear, gradient: Tensor) -> Tensor:
     codes, dtype = cast(Int8Codes, layer.repacked), compute_dtype(gradient)
     scaled = gradient.to(dtype) * layer.scales[0].to(dtype)
-    total = torch.zeros(len(gradient), layer.in_features, device=gradient.device)
+    total = torch.zeros(len(gradient), layer.in_features, dtype=torch.promote_types(dtype, torch.float32))
     for rows, piece in codes.pieces(dtype):
         total += scaled[:, rows] @ piece
     return total.to(gradient.dtype)

@@ -12,9 +12,9 @@ Shapes: O out features, I in features, G groups.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from typing import Any, ClassVar, cast
@@ -31,26 +31,14 @@ from hf_autoround.layouts.gptq import GPTQ
 from hf_autoround.scheme import TensorSpec, integer_scheme
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """One of GPTQModel's layer classes, as `module:class` below its `nn_modules.qlinear`."""
-
-    path: str
-
-    def load(self) -> Any:
-        """Import the class."""
-        module, _, name = self.path.partition(":")
-        return getattr(import_module(f"gptqmodel.nn_modules.qlinear.{module}"), name)
-
-
 class ForeignLayer(Repacked):
-    """A layer of GPTQModel's made from a packed one. Subclasses name the kernel.
+    """A layer of GPTQModel's made from a packed one. Subclasses name its class, `module:class` below `nn_modules.qlinear`.
 
     It is no child module: its tensors belong to kernels, which may not be saved, cast or moved. The layout's tensors wait in
     host memory for that.
     """
 
-    kernel: ClassVar[Kernel]
+    path: ClassVar[str]
     scratch: ClassVar[WeakValueDictionary]  # device -> what ExLlama's layers there share
 
     def __init__(self, layer: PackedLinear) -> None:
@@ -60,9 +48,15 @@ class ForeignLayer(Repacked):
         self.host = {name: tensor.detach().cpu() for name, tensor in layer.packed().items()}
         self.build(layer.device)
 
+    @classmethod
+    def load(cls) -> Any:
+        """Import GPTQModel's class."""
+        module, _, name = cls.path.partition(":")
+        return getattr(import_module(f"gptqmodel.nn_modules.qlinear.{module}"), name)
+
     def build(self, device: torch.device) -> None:
         """Make the layer on a device."""
-        kind = self.kernel.load()
+        kind = self.load()
         with torch.device(device):
             linear = kind(**arguments(self.spec, self.shape, self.dtype), bias=False, register_buffers=True, adapter=None)
         tensors = dict(self.host)
@@ -72,7 +66,8 @@ class ForeignLayer(Repacked):
         for name, tensor in tensors.items():
             getattr(linear, name).data.copy_(tensor)
         linear.eval()
-        if "exllamav2" in self.kernel.path:
+        linear.optimized = True  # else the PyTorch kernels compile themselves, for seconds a layer: compile the model instead
+        if "exllamav2" in self.path:
             self.space = self._scratch_space(linear, device)  # lives as long as a layer that uses it
             linear.post_init(self.space)
         else:
@@ -97,12 +92,18 @@ class ForeignLayer(Repacked):
         return cast(IntegerLayout, self.layout).unpack_codes(self.host["qweight"].to(self.on), self.spec, self.shape)
 
     def product(self, rows: Tensor) -> Tensor:
-        """(M, I) -> (M, O), computed in the model's dtype."""
+        """(M, I) -> (M, O), computed in the model's dtype: kernels are made for one."""
         outputs = self.linear[0](rows.to(self.dtype))
         return (outputs.clone() if outputs.is_inference() else outputs).to(rows.dtype)  # AWQ's kernels return such tensors
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ForeignLayer:
+        """Make the layer again: kernels keep addresses."""
+        other = copy.copy(self)
+        other.build(self.on)
+        return other
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Make the layer again where it is moved to: kernels keep addresses."""
+        """Make the layer again where it is moved to, for the same reason; it is never cast."""
         device = fn(torch.empty(0, device=self.on)).device
         if device != self.on and device.type == self.on.type:
             self.build(device)
@@ -116,24 +117,32 @@ class GPTQModel(Backend):
 
     def __init__(self, name: str, path: str, layouts: tuple[str, ...], device: str | None = "cuda") -> None:
         self.name, self.layouts, self.device = f"gptqmodel:{name}", layouts, device
-        fields = {"kernel": Kernel(path), "scratch": WeakValueDictionary(), "__doc__": ForeignLayer.__doc__}
+        fields = {"path": path, "scratch": WeakValueDictionary(), "__doc__": ForeignLayer.__doc__}
         self.layer = type("ForeignLayer", (ForeignLayer,), fields)
 
     def refuse(self, layer: PackedLinear, device: torch.device) -> str | None:
         """Return why the kernel cannot run a layer there, or None."""
         if self.device is not None and device.type != self.device:
             return f"it runs on {self.device}, not on {device.type}"
+        if device.type == "meta":
+            return "it needs the weights in memory, and these are offloaded"
         if layer.layout.name not in self.layouts:
             return f"it reads the layouts {' and '.join(self.layouts)}, not {layer.layout.name}"
         if layer.spec.bits in (5, 6, 7):
             return f"its {layer.spec.bits}-bit codes lie in another order"
+        if isinstance(layer.layout, GPTQ) and (
+            layer.in_features * layer.spec.bits % 32 or layer.out_features * layer.spec.bits % 32
+        ):
+            return f"it needs inputs and outputs that fill whole words, not {layer.in_features} and {layer.out_features}"
         try:
-            kind = self.layer.kernel.load()
+            kind = self.layer.load()
         except ImportError as error:
             return f"its kernel cannot be imported: {error}"
         shape = (layer.out_features, layer.in_features)
         fits, error = kind.validate(**arguments(layer.spec, shape, layer.compute_dtype), device=device)
-        return _tried(self.layer, layer.layout, layer.spec.bits, layer.compute_dtype, device) if fits else _sentence(error)
+        if not fits:
+            return _sentence(error)
+        return None if self.device is None else _tried(self.layer, layer.layout, layer.spec.bits, layer.compute_dtype, device)
 
     def prepare(self, layer: PackedLinear) -> None:
         """Make GPTQModel's layer, and keep the layout's tensors in host memory."""
@@ -153,6 +162,8 @@ def arguments(spec: TensorSpec, shape: tuple[int, int], dtype: torch.dtype) -> d
 
 
 def _outputs(layer: PackedLinear, rows: Tensor) -> Tensor:
+    if rows.dtype in (torch.float32, torch.float64):  # what comes in float32 is meant to be exact, and kernels are not
+        return rows @ layer.dequantized(rows.dtype).t()
     return cast(ForeignLayer, layer.repacked).product(rows)
 
 

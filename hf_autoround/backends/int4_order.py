@@ -29,20 +29,25 @@ class Segment:
     first: int
     last: int
     bytes: Tensor
-    order: tuple[int, ...]
+    order: list[int]
 
     @property
     def in_order(self) -> bool:
         """Whether the rows of the low halves, then of the high halves, are simply all rows."""
-        return self.order == tuple(range(len(self.order)))
+        return self.order == list(range(len(self.order)))
+
+    @property
+    def back(self) -> list[int]:
+        """Where each of a block's rows lies in `order`."""
+        return sorted(range(len(self.order)), key=self.order.__getitem__)
 
 
 @dataclass(frozen=True)
 class Int4Order:
     """This machine's order for a number of rows: that of whole blocks, and that of the rows after the last one."""
 
-    block: tuple[int, ...]
-    rest: tuple[int, ...]
+    block: list[int]
+    rest: list[int]
 
     def segments(self, packed: Tensor, rows: int) -> Iterator[Segment]:
         """Cut packed codes (N, K / 2) into segments of at most `rows` rows, a multiple of 64; the rest is one segment."""
@@ -60,7 +65,7 @@ class Int4Order:
         for part in self.segments(packed, _CHUNK):
             columns = torch.cat([part.bytes & 15, part.bytes >> 4], -1)
             rows = codes[part.first : part.last].view(len(columns), len(part.order), -1)
-            rows[:, list(part.order)] = columns.transpose(1, 2)
+            rows[:, part.order] = columns.transpose(1, 2)
         return codes
 
 
@@ -75,7 +80,7 @@ def pack_int4(codes: Tensor) -> Tensor:
 def measured_order(rows: int) -> Int4Order | None:
     """Return the order for N rows, or None where it is none of this kind."""
     size = _block_rows()
-    return None if size is None else Int4Order(_order(size), _order(rows % size) if rows % size else ())
+    return None if size is None else Int4Order(_order(size), _order(rows % size) if rows % size else [])
 
 
 @cache
@@ -83,20 +88,20 @@ def _block_rows() -> int | None:
     codes = torch.arange(256 * 32).mul_(7).div_(3, rounding_mode="floor").remainder_(16).view(256, 32)
     packed = _pack(codes)
     for size in (64, 32, 16):
-        if torch.equal(Int4Order(_order(size), ()).unpack(packed), codes.to(torch.uint8)):
+        if torch.equal(Int4Order(_order(size), []).unpack(packed), codes.to(torch.uint8)):
             return size
     return None
 
 
 @cache
-def _order(rows: int) -> tuple[int, ...]:
+def _order(rows: int) -> list[int]:
     """Pack rows that are numbered, a hexadecimal digit of the number at a time."""
     numbers = torch.arange(rows)[:, None].expand(rows, 32)
     found = torch.zeros(rows, dtype=torch.int32)
     for shift in (0, 4):
         column = _pack((numbers >> shift) & 15).view(32, rows // 2)[0]
         found |= torch.cat([column & 15, column >> 4]).int() << shift
-    return tuple(found.tolist())
+    return found.tolist()
 
 
 def _pack(codes: Tensor) -> Tensor:

@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from hf_autoround.cli.parser import Parser
 from hf_autoround.layers.sites import WeightSite
-from hf_autoround.scheme import PRESETS, Scheme
+from hf_autoround.scheme import PRESETS, Scheme, integer_scheme
+
+if TYPE_CHECKING:
+    from hf_autoround.backends import Backend
 
 _SITE = WeightSite("layer", "layer.weight", (4096, 4096))  # an ordinary layer
 
@@ -49,10 +53,41 @@ def schemes() -> str:
 
 
 def backends() -> str:
-    """Return the backends in order of preference."""
-    from hf_autoround.backends import BACKENDS
+    """Return the backends in order of preference, each with what keeps it from running here."""
+    from hf_autoround.backends import ALIASES, BACKENDS
 
-    return "\n".join(f"{backend.name:<24} {(type(backend).__doc__ or '').strip()}" for backend in BACKENDS)
+    lines = []
+    for backend in BACKENDS:
+        reason = _why_not_here(backend)
+        what = (type(backend).__doc__ or "").strip()
+        lines.append(f"{backend.name:<24} {'here' if reason is None else '-':<5} {what}{f' ({reason})' if reason else ''}")
+    names = "; ".join(f"{alias} is {' or '.join(names)}" for alias, names in ALIASES.items())
+    return "\n".join([*lines, "", f"Other names: {names}."])
+
+
+def _why_not_here(backend: Backend) -> str | None:
+    """Return why a backend runs no ordinary layer on any device of this machine, or None."""
+    import torch
+
+    from hf_autoround.backends.base import missing
+    from hf_autoround.layers.packed_linear import PackedLinear
+    from hf_autoround.layouts import GPTQ_V1
+    from hf_autoround.numerics import QuantizedTensor
+
+    absent = missing(backend)
+    if absent:
+        return absent
+    devices = [torch.device("cpu")]
+    if torch.accelerator.is_available():
+        devices.insert(0, torch.accelerator.current_accelerator())
+    reasons = []
+    for scheme in (integer_scheme(4), integer_scheme(8, -1)):
+        layer = PackedLinear((128, 128), scheme, GPTQ_V1, bias=False, dtype=torch.bfloat16)
+        zeros = QuantizedTensor(torch.zeros(128, 1, 128, dtype=torch.int8), torch.ones(128, 1, 1, dtype=torch.float16))
+        for name, tensor in GPTQ_V1.pack(zeros, layer.spec, 128).items():
+            layer.get_parameter(name).data = tensor
+        reasons += [backend.refuse(layer, device) for device in devices]
+    return None if None in reasons else reasons[0]
 
 
 def _quantizing() -> list[Scheme]:

@@ -44,7 +44,7 @@ def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
         octets = words.contiguous().view(torch.uint8)
         places = torch.empty(*octets.shape, 8 // bits, dtype=torch.uint8, device=words.device)
         for place in range(8 // bits):
-            torch.bitwise_and(octets >> (bits * place), 2**bits - 1, out=places[..., place])
+            places[..., place] = (octets >> (bits * place)) & (2**bits - 1)
         return places.flatten(1)[:, :count]
     chunks = F.pad(words, (0, -words.shape[1] % bits)).unflatten(1, (-1, bits))
     codes = torch.empty(*chunks.shape[:2], 32, dtype=torch.uint8, device=words.device)

@@ -106,12 +106,17 @@ def test_a_long_row_shared_among_programs_adds_up(rows, monkeypatch):
     assert error(split, expected) < TOLERANCE[torch.float16] and error(whole, expected) < TOLERANCE[torch.float16]
 
 
-def test_inputs_keep_their_leading_dimensions_and_may_be_strided():
+def test_inputs_keep_their_leading_dimensions_may_be_strided_and_follow_autocast():
     layer = packed_linear(4, 32, True, (24, 64)).to(DEVICE)
     inputs = rows_of(6, 128, torch.float32)[:, ::2].view(2, 3, 64)
     outputs = TRITON.forward(layer, inputs)
     assert outputs.shape == (2, 3, 24)
-    assert error(outputs, REFERENCE.forward(layer, inputs)) < 2e-6
+    expected = REFERENCE.forward(layer, inputs)
+    assert error(outputs, expected) < 2e-6
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        outputs = TRITON.forward(layer, inputs)
+    assert outputs.dtype == torch.bfloat16 and error(outputs, expected) < TOLERANCE[torch.bfloat16]
+    assert TRITON.forward(layer, inputs[:0]).shape == (0, 3, 24)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
