@@ -69,10 +69,10 @@ class TrainerEvents:
             "epoch": float(place + 1),
             "step": (place + 1) * self.steps_per_block,
         }
-        by_module = {name.rpartition(".")[0]: counts for name, counts in rows.items() if counts.ndim}
-        seen = [count for counts in by_module.values() for count in counts.tolist()]
+        seen = {name.rpartition(".")[0]: counts.tolist() for name, counts in rows.items() if counts.ndim}
         if seen:
-            entry["experts"] = f"experts saw {min(seen)} to {max(seen)} tokens, {sum(count == 0 for count in seen)} none"
+            entry["expert_tokens"] = seen
+            entry["experts"] = "; ".join(_coverage(module, counts) for module, counts in seen.items())
         return {"history": [*self.logs, entry]}
 
     def block_ends(self, place: int, unit: str, record: Mapping[str, Any]) -> None:
@@ -95,3 +95,11 @@ class TrainerEvents:
 
 def _block_name(names: tuple[str, ...]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} to {names[-1].rpartition('.')[2]}"
+
+
+def _coverage(module: str, counts: list[int]) -> str:
+    """Return a sentence on how many tokens each expert of a module was tuned on; those without are only rounded."""
+    unseen = [str(expert) for expert, count in enumerate(counts) if count == 0]
+    middle = sorted(counts)[len(counts) // 2]
+    line = f"{len(counts)} experts of {module} saw {min(counts)} to {max(counts)} tokens, median {middle}"
+    return line + (f"; rounded without data: {', '.join(unseen)}" if unseen else "")

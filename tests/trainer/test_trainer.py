@@ -194,7 +194,9 @@ def test_experts_without_tokens_are_rounded_and_reported(tiny_model, tmp_path):
     run = trainer(str(tiny_model("qwen3_moe")), tmp_path / "out", train_dataset=torch.full((8, 8), 5), iters=4)
     run.train()
     blocks = [entry for entry in run.state.log_history if "block" in entry]
-    assert "experts" not in blocks[0] and "2 none" in blocks[1]["experts"]
+    assert "experts" not in blocks[0] and "rounded without data: 0, 1" in blocks[1]["experts"]
+    counts = blocks[1]["expert_tokens"]["model.layers.1.mlp.experts"]
+    assert counts[:2] == [0, 0] and min(counts[2:]) > 0
     logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens(2, 10)).logits
     assert torch.isfinite(logits).all()
 
