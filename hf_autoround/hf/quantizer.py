@@ -20,6 +20,7 @@ from hf_autoround.hf.on_load import FORMAT, RoundWhileLoading, calibrate_loaded,
 from hf_autoround.hf.packed_model import install_packed_layers, restore_float_layers
 from hf_autoround.hf.stored_model import disk_names, read_stored_model
 from hf_autoround.layers.packed_linear import PackedLinear
+from hf_autoround.layouts import Layout
 from hf_autoround.models.blocks import find_sites
 from hf_autoround.models.checkpoint import stored_names
 from hf_autoround.models.loading import names_in_memory
@@ -40,6 +41,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
         self.arguments: RoundingArguments | None = None
         self.damaged: list[CheckpointError] = []
         self.names: dict[str, str] = {}  # of its layers, in memory -> in its files
+        self.relayout: Layout | None = None  # for layers whose file has one that kernels do not read
         self.packed_layers: tuple[str, ...] = ()  # by name, when the model was loaded
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -102,6 +104,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
         if stored.config is not None:
             self.quantization_config = AutoRoundConfig(**stored.config, backend=config.backend)
         install_packed_layers(model, stored.layers, biases=stored.biases)
+        self.relayout = stored.relayout
         # groups in order need no index
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), r"\.g_idx$"}
 
@@ -118,6 +121,8 @@ class AutoRoundHfQuantizer(HfQuantizer):
             if isinstance(module, PackedLinear):
                 self.packed_layers += (name,)
                 module.requires_grad_(False)  # transformers makes float parameters trainable
+                if self.relayout is not None:
+                    self._relayout(name, module)
         assign_backends(model, self.quantization_config.backend)
         model.config.quantization_config = self.quantization_config
         return model
@@ -151,6 +156,15 @@ class AutoRoundHfQuantizer(HfQuantizer):
     def _name_plain(self, name: str) -> None:
         named = getattr(self.quantization_config, "extra_config", None) or {}
         self.quantization_config.extra_config = {**named, name: BF16.to_dict()}
+
+    def _relayout(self, name: str, layer: PackedLinear) -> None:
+        assert self.relayout is not None
+        if layer.device.type == "meta":
+            raise UnsupportedLayer(
+                f"{name} is offloaded and lies in compressed-tensors' layout, which no kernel reads; load the model without "
+                "offloading, save it (in auto_round form) and load that"
+            )
+        layer.relayout(self.relayout)
 
     @property
     def _needs_data(self) -> bool:

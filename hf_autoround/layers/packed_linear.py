@@ -95,6 +95,16 @@ class PackedLinear(nn.Module):
         self.repacked = None
         self.register_parameter(CODES, nn.Parameter(codes, requires_grad=False))
 
+    @torch.no_grad()
+    def relayout(self, layout: Layout) -> None:
+        """Keep the same numbers in another layout."""
+        tensors = layout.pack(self.quantized(), self.spec, self.in_features)
+        for name in self.packed_names:
+            del self._parameters[name]
+        self.layout, self.packed_names = layout, tuple(tensors)
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
     def quantized(self) -> QuantizedTensor:
         """Return the numbers, unpacked: elements (O, G, S)."""
         return self.layout.unpack(self.packed(), self.spec, (self.out_features, self.in_features))
