@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from hf_autoround import __version__
 from hf_autoround.cli.parser import Parser
+from hf_autoround.models.processes import leave
 from hf_autoround.trainer.arguments import RECIPES, RoundingArguments
 from hf_autoround.trainer.arguments import recipe as recipe_arguments
 from hf_autoround.trainer.trainer import RoundingTrainer
@@ -80,6 +81,7 @@ def run(words: Sequence[str], recipe: str, description: str, epilog: str) -> int
         address = trainer.push_to_hub()
         if main:
             print(f"uploaded to {address}")
+    leave()
     return 0
 
 
