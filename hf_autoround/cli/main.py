@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from hf_autoround import __version__
 from hf_autoround.cli.parser import Parser
-from hf_autoround.cli.turns import leave, several, wait_for_turn
+from hf_autoround.cli.turns import several, wait_for_turn
 from hf_autoround.errors import AutoRoundError
 
 _COMMANDS = ("quantize", "list", "demo")
@@ -38,12 +38,10 @@ def exit_code(run: Callable[[], int], program: str) -> int:
     try:
         code = run()
         sys.stdout.flush()
-        leave()
         return code
     except AutoRoundError as error:
         wait_for_turn()
         print(f"{program}: {error}", file=sys.stderr, flush=True)
-        leave()
         return 1
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

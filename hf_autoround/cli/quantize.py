@@ -15,6 +15,7 @@ from typing import Any
 
 from hf_autoround import __version__
 from hf_autoround.cli.parser import Parser
+from hf_autoround.models.processes import leave
 from hf_autoround.trainer.arguments import RECIPES, RoundingArguments
 from hf_autoround.trainer.arguments import recipe as recipe_arguments
 
@@ -92,6 +93,7 @@ def quantize(flags: argparse.ArgumentParser, given: dict[str, Any], recipe: str)
         address = trainer.push_to_hub()
         if main:
             print(f"uploaded to {address}")
+    leave()
     return 0
 
 

@@ -18,14 +18,6 @@ def wait_for_turn() -> None:
         time.sleep(_PATIENCE + number)
 
 
-def leave() -> None:
-    """Say good-bye to the other processes, so that this one can exit."""
-    if several():
-        from hf_autoround.models import processes
-
-        processes.leave()
-
-
 def several() -> bool:
     """Say whether a launcher started more processes than this one."""
     return "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -10,6 +10,7 @@ A process that dies is noticed by the launcher, which ends the others.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -128,10 +129,12 @@ def join(cpu: bool = False) -> Processes:
             f"{started} processes were started, but processes cannot share work on {state.device.type} devices; "
             "start one, or use device_map cpu"
         )
+    if not joined and state.backend == "gloo":  # whose threads may abort a process that exits without a farewell
+        atexit.register(leave)
     return Processes(state.process_index, state.num_processes, local_index, state.device)
 
 
 def leave() -> None:
-    """End the process group, if there is one: a process that exits without that may be aborted by its threads."""
+    """End the process group, if there is one; to be called by all processes when they are done."""
     if distributed.is_available() and distributed.is_initialized():
         PartialState().destroy_process_group()
