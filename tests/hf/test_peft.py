@@ -266,6 +266,21 @@ def test_a_bfloat16_model_keeps_its_dtype_through_a_merge(quantized, tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(merged))
 
 
+@pytest.mark.parametrize("scheme", ["W4A16G32", "W8A16G32", "W3A16G32"])
+def test_a_layer_in_a_kernels_own_order_learns_and_takes_a_merge(scheme, quantized, tmp_path):
+    model = adapted(prepare_model_for_lora(quantized(dtype=torch.bfloat16, scheme=scheme), dtype=None))
+    model.train()
+    before = logits(quantized(dtype=torch.bfloat16, scheme=scheme)).float()
+    model(IDS, labels=IDS).loss.backward()
+    gradients = [parameter.grad for name, parameter in model.named_parameters() if "lora_" in name and parameter.requires_grad]
+    assert gradients and all(gradient is not None and gradient.isfinite().all() and gradient.any() for gradient in gradients)
+    expected = logits(model.eval()).float()
+    merged = merge_onto_grid(model)
+    assert (logits(merged).float() - expected).norm() < 0.6 * (before - expected).norm()
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(merged))
+
+
 def test_what_is_not_ours_is_refused_in_a_sentence(tiny_model):
     float_model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
     with pytest.raises(AutoRoundError, match="no packed layer"):
