@@ -15,7 +15,6 @@ from typing import Any
 
 from hf_autoround import __version__
 from hf_autoround.cli.parser import Parser
-from hf_autoround.models.processes import leave
 from hf_autoround.trainer.arguments import RECIPES, RoundingArguments
 from hf_autoround.trainer.arguments import recipe as recipe_arguments
 
@@ -81,6 +80,7 @@ def quantize(flags: argparse.ArgumentParser, given: dict[str, Any], recipe: str)
     args = recipe_arguments(recipe, **values)
     if push and args.hub_model_id is None:
         flags.error("--push_to_hub needs --hub_model_id")
+    from hf_autoround.models.processes import leave
     from hf_autoround.trainer.trainer import RoundingTrainer
 
     show_progress_lines()
