@@ -72,7 +72,8 @@ class Int4Codes(Repacked):
 
     def scales(self, layer: PackedLinear, dtype: torch.dtype) -> Tensor:
         """Return the scales of the widened codes, (G, N)."""
-        return self.spread(layer.scales, layer).to(dtype) / 2**self.shift
+        scales = self.spread(layer.scales, layer).to(dtype)
+        return scales / 2**self.shift if self.shift else scales
 
     def codes(self) -> Tensor:
         """Return the unsigned codes (N, K) uint8 of the layer's layout."""
