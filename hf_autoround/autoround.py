@@ -64,6 +64,8 @@ class AutoRound:
         self._workspace = tempfile.TemporaryDirectory(prefix="autoround-")
         args = dataclasses.replace(self.args, output_dir=str(Path(self._workspace.name) / "run"))
         self._trainer = self._new_trainer(args)
+        if self._trainer.processes.count > 1:
+            raise AutoRoundError("quantize() is for one process: several write a folder, with quantize_and_save(folder)")
         self._journal = self._trainer.quantize()
         folder = Path(self._workspace.name) / "model"
         self.save_quantized(folder)

@@ -60,7 +60,8 @@ CONFIGS: dict[str, PretrainedConfig] = {
 def make(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Save a tiny model, its random weights a function of its name, with a tokenizer of 128 words."""
     torch.manual_seed(sum(map(ord, name)))
-    model = AutoModelForCausalLM.from_config(CONFIGS[name]).to(dtype)
+    # dtype: saving writes it into the config, which would make the next model of that name another one
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).to(dtype)
     for parameter in model.parameters():
         if parameter.ndim == 1:  # biases and norms that do something
             parameter.data.add_(torch.randn(parameter.shape).to(dtype) * 0.1)

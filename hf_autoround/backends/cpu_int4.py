@@ -130,7 +130,7 @@ class CPUInt4(Backend):
             return f"it multiplies integers, not {layer.spec.data_type}"
         if set(layer.packed_names) != {"qweight", "qzeros", "scales"}:
             return f"it cannot read the layout {layer.layout.name}"
-        if layer.dtype == torch.float32:
+        if layer.compute_dtype == torch.float32:
             return "it computes in bfloat16, and the model is in float32: load it with dtype=torch.bfloat16"
         if layer.out_features % 16:
             return f"it needs a multiple of 16 outputs, not {layer.out_features}"

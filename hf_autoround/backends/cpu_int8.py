@@ -59,7 +59,7 @@ class CPUInt8(Backend):
             return f"it multiplies symmetric integers of 8 bits, not {layer.scheme.name}"
         if set(layer.packed_names) != {"qweight", "qzeros", "scales"}:
             return f"it cannot read the layout {layer.layout.name}"
-        if layer.dtype == torch.float32:
+        if layer.compute_dtype == torch.float32:
             return "it computes in bfloat16, and the model is in float32: load it with dtype=torch.bfloat16"
         if group_count(layer.in_features, spec.granularity) != 1:
             return f"it needs one scale for each output, not groups of {spec.group_size} inputs"

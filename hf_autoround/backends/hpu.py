@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Intel Gaudi: dequantize, then multiply, both by its own PyTorch, which has no operator for packed weights."""
+"""Intel Gaudi: dequantize, then multiply, both by its own PyTorch.
+
+Its operator for packed weights, `hpu.convert_from_uint4`, is not used: the project has no Gaudi to try it on.
+"""
 
 import torch
 from torch import Tensor

@@ -60,7 +60,7 @@ def backends() -> str:
     for backend in BACKENDS:
         reason = _why_not_here(backend)
         what = (type(backend).__doc__ or "").strip()
-        lines.append(f"{backend.name:<12} {'here' if reason is None else '-':<5} {what}{f' ({reason})' if reason else ''}")
+        lines.append(f"{backend.name:<24} {'here' if reason is None else '-':<5} {what}{f' ({reason})' if reason else ''}")
     names = "; ".join(f"{alias} is {' or '.join(names)}" for alias, names in ALIASES.items())
     return "\n".join([*lines, "", f"Other names: {names}."])
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from hf_autoround import __version__
 from hf_autoround.cli.parser import Parser
+from hf_autoround.cli.turns import several, wait_for_turn
 from hf_autoround.errors import AutoRoundError
 
 _COMMANDS = ("quantize", "list", "demo")
@@ -29,18 +30,25 @@ recipes: hf-autoround, hf-autoround-best (5 times the steps), hf-autoround-light
 def main(arguments: Sequence[str] | None = None, recipe: str = "default") -> int:
     """Run a command and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    return exit_code(lambda: _run(words, recipe), "hf-autoround")
+
+
+def exit_code(run: Callable[[], int], program: str) -> int:
+    """Run what returns an exit code; what a user did wrong becomes a sentence and 1."""
     try:
-        code = _run(words, recipe)
+        code = run()
         sys.stdout.flush()
         return code
     except AutoRoundError as error:
-        print(f"hf-autoround: {error}", file=sys.stderr)
+        wait_for_turn()
+        print(f"{program}: {error}", file=sys.stderr, flush=True)
         return 1
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        print("hf-autoround: interrupted; --resume goes on with what is finished", file=sys.stderr)
+        wait_for_turn()
+        print(f"{program}: interrupted; --resume goes on with what is finished", file=sys.stderr)
         return 1
 
 
@@ -71,6 +79,7 @@ def _run(words: list[str], recipe: str) -> int:
     if not words:
         from hf_autoround.cli.quantize import parser
 
+        wait_for_turn()
         parser(recipe, _DESCRIPTION, _EPILOG).print_usage(sys.stderr)
         print("hf-autoround: --model is needed; hf-autoround --help explains", file=sys.stderr)
         return 2
@@ -80,6 +89,8 @@ def _run(words: list[str], recipe: str) -> int:
 
         return run(words[1:])
     if command == "demo":
+        if several():
+            raise AutoRoundError("the demo is for one process; start it without torchrun")
         from hf_autoround.cli.demo import run
 
         return run(words[1:])

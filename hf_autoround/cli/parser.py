@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
+from hf_autoround.cli.turns import wait_for_turn
 from hf_autoround.registry import suggest
 
 
@@ -27,11 +28,13 @@ class Parser(argparse.ArgumentParser):
 
     def unknown(self, word: str, known: Iterable[str], kind: str) -> NoReturn:
         """Exit with 2: there is no such word."""
+        wait_for_turn()
         print(f"{self.prog}: there is no {kind} {word}{suggest(word, known)}", file=sys.stderr)
         print(f"{self.prog} --help lists them all", file=sys.stderr)
         raise SystemExit(2)
 
     def error(self, message: str) -> NoReturn:
         """Exit with 2 and one sentence."""
+        wait_for_turn()
         print(f"{self.prog}: {message}\n{self.prog} --help explains the flags", file=sys.stderr)
         raise SystemExit(2)

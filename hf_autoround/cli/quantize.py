@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hf-autoround [quantize] --model ...`: the flags are the fields of RoundingArguments."""
+"""`hf-autoround [quantize] --model ...`: the flags are the fields of RoundingArguments.
+
+Torch is loaded when work starts, not for help.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from transformers.utils import logging
-
 from hf_autoround import __version__
 from hf_autoround.cli.parser import Parser
+from hf_autoround.models.processes import leave
 from hf_autoround.trainer.arguments import RECIPES, RoundingArguments
 from hf_autoround.trainer.arguments import recipe as recipe_arguments
-from hf_autoround.trainer.trainer import RoundingTrainer
 
 _GROUPS = {
     "what to write": ("output_dir", "format", "max_shard_size", "hub_model_id", "hub_private_repo"),
@@ -37,6 +38,12 @@ def parser(recipe: str, description: str, epilog: str) -> Parser:
     flags = Parser(prog=name, description=description, epilog=epilog, formatter_class=argparse.RawTextHelpFormatter)
     flags.add_argument("--version", action="version", version=f"hf-autoround {__version__}")
     flags.add_argument("model_positional", nargs="?", metavar="MODEL", help=argparse.SUPPRESS)
+    add_flags(flags, recipe)
+    return flags
+
+
+def add_flags(flags: argparse.ArgumentParser, recipe: str) -> None:
+    """Give a parser the flags of a recipe's command."""
     flags.add_argument("--model", help="Model folder or Hub id to quantize.")
     flags.add_argument(
         "--resume", action="store_true", help="Go on with the unfinished run in --output_dir, or start if there is none."
@@ -52,36 +59,48 @@ def parser(recipe: str, description: str, epilog: str) -> Parser:
             group.add_argument(
                 "--asym", dest="sym", action="store_false", default=None, help="Grid with zero points instead of a symmetric one."
             )
-    return flags
 
 
 def run(words: Sequence[str], recipe: str, description: str, epilog: str) -> int:
-    """Quantize as the flags say; return the exit code."""
+    """Quantize as the words say; return the exit code."""
     flags = parser(recipe, description, epilog)
     given = vars(flags.parse_args(list(words)))
-    positional, model = given.pop("model_positional"), given.pop("model")
-    if positional and model:
+    positional = given.pop("model_positional")
+    if positional and given["model"]:
         flags.unknown(positional, [], "argument")
-    model = model or positional
+    given["model"] = given["model"] or positional
+    return quantize(flags, given, recipe)
+
+
+def quantize(flags: argparse.ArgumentParser, given: dict[str, Any], recipe: str) -> int:
+    """Quantize as the parsed flags say; return the exit code."""
+    model, resume, push = given.pop("model"), given.pop("resume"), given.pop("push_to_hub")
     if model is None:
         flags.error("--model is needed: a model folder or a Hub id")
-    resume, push = given.pop("resume"), given.pop("push_to_hub")
     values = {name: value for name, value in given.items() if value is not None}
-    show_progress_lines()
     args = recipe_arguments(recipe, **values)
     if push and args.hub_model_id is None:
         flags.error("--push_to_hub needs --hub_model_id")
+    from hf_autoround.trainer.trainer import RoundingTrainer
+
+    show_progress_lines()
     trainer = RoundingTrainer(model, args)
     trainer.train(resume_from_checkpoint=resume)
-    folder = trainer.prepare().output.folder
-    print(f"written to {folder}")
+    main = trainer.processes.main
+    if main:
+        print(f"written to {trainer.prepare().output.folder}")
     if push:
-        print(f"uploaded to {trainer.push_to_hub()}")
+        address = trainer.push_to_hub()
+        if main:
+            print(f"uploaded to {address}")
+    leave()
     return 0
 
 
 def show_progress_lines() -> None:
     """Let our log lines through to standard error, and transformers' only from warnings on."""
+    from transformers.utils import logging
+
     logging.set_verbosity_warning()
     ours = python_logging.getLogger("hf_autoround")
     if not ours.handlers:

@@ -13,6 +13,7 @@ from hf_autoround.formats.auto_awq import AutoAWQFormat, read_awq_config
 from hf_autoround.formats.auto_gptq import AutoGPTQFormat, read_gptq_config
 from hf_autoround.formats.auto_round import AutoRoundFormat, read_auto_round_config
 from hf_autoround.formats.base import Format, StoredPlan, StoredTensor
+from hf_autoround.formats.compressed_tensors import read_compressed_tensors_config
 from hf_autoround.formats.fake import FakeFormat
 from hf_autoround.layers.sites import WeightSite
 from hf_autoround.planning.plan import QuantPlan
@@ -26,6 +27,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], StoredPlan]] = {
     "intel/auto-round": read_auto_round_config,
     "gptq": read_gptq_config,
     "awq": read_awq_config,
+    "compressed-tensors": read_compressed_tensors_config,
 }
 
 

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed layers in place of float ones, in a model that is on the meta device or loaded; and float ones put back."""
+"""Packed layers in place of float ones, in a model that is on the meta device or loaded; and float ones put back.
+
+Shapes: O out features, I in features.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -40,7 +43,7 @@ def install_packed_layers(
     them away (`drop_parameter`).
     """
 
-    def packed_layer(site: WeightSite, bias: torch.Tensor | None, dtype: torch.dtype) -> PackedLinear:
+    def packed_layer(site: WeightSite, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
         scheme, layout = layers[site]
         with torch.device("meta"):
             layer = PackedLinear(site.shape, scheme, layout, bias=bias is not None or site.name in biases, dtype=dtype)
@@ -78,7 +81,7 @@ def restore_float_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:
         restore_fused_experts(experts, dtype)
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear):
-            model.set_submodule(name, _plain_layer(module, dtype))
+            model.set_submodule(name, plain_layer(module, module.dequantized(), module.bias, dtype))
 
 
 def _spare_initialisation(model: PreTrainedModel, parameters: Iterable[str]) -> None:
@@ -90,18 +93,17 @@ def _spare_initialisation(model: PreTrainedModel, parameters: Iterable[str]) -> 
             parent = parent.rpartition(".")[0]
 
 
-def _plain_layer(packed: PackedLinear, dtype: torch.dtype) -> nn.Module:
-    """Return the Linear or Conv1D that a packed layer was made from, with the quantized numbers."""
-    weight = packed.dequantized(dtype)
+def plain_layer(packed: PackedLinear, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
+    """Return the Linear or Conv1D that `packed` stands for, with this weight (O, I) and bias (O,)."""
     with torch.device("meta"):
         if packed.transposed:
             plain: nn.Module = Conv1D(packed.out_features, packed.in_features)
         else:
-            plain = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None)
-    plain.weight = nn.Parameter(weight.t().contiguous() if packed.transposed else weight)
-    if packed.bias is not None:
-        plain.bias = nn.Parameter(packed.bias.detach().to(dtype))
-    return plain
+            plain = nn.Linear(packed.in_features, packed.out_features, bias=bias is not None)
+    plain.weight = nn.Parameter((weight.t().contiguous() if packed.transposed else weight).to(dtype))
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach().to(dtype))
+    return plain.train(packed.training)
 
 
 def _expert_place(site: WeightSite) -> tuple[int, str]:

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils import logging
 
 from hf_autoround.backends.select import assign_backends, candidates
 from hf_autoround.errors import CheckpointError, UnsupportedLayer
@@ -19,13 +20,13 @@ from hf_autoround.hf.on_load import FORMAT, RoundWhileLoading, calibrate_loaded,
 from hf_autoround.hf.packed_model import install_packed_layers, restore_float_layers
 from hf_autoround.hf.stored_model import disk_names, read_stored_model
 from hf_autoround.layers.packed_linear import PackedLinear
+from hf_autoround.layouts import Layout
 from hf_autoround.models.blocks import find_sites
 from hf_autoround.models.checkpoint import stored_names
 from hf_autoround.models.loading import names_in_memory
 from hf_autoround.planning.plan import QuantPlan
+from hf_autoround.scheme import BF16
 from hf_autoround.trainer.arguments import RoundingArguments
-
-logger = logging.get_logger(__name__)
 
 
 class AutoRoundHfQuantizer(HfQuantizer):
@@ -40,9 +41,11 @@ class AutoRoundHfQuantizer(HfQuantizer):
         self.arguments: RoundingArguments | None = None
         self.damaged: list[CheckpointError] = []
         self.names: dict[str, str] = {}  # of its layers, in memory -> in its files
+        self.relayout: Layout | None = None  # for layers whose file has one that kernels do not read
+        self.packed_layers: tuple[str, ...] = ()  # by name, when the model was loaded
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse arguments that cannot be meant, and a placement that cannot be calibrated."""
+        """Refuse a backend that cannot be had, arguments that cannot be meant, a placement that cannot be calibrated."""
         candidates(self.quantization_config.backend)
         if self.pre_quantized:
             return
@@ -101,6 +104,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
         if stored.config is not None:
             self.quantization_config = AutoRoundConfig(**stored.config, backend=config.backend)
         install_packed_layers(model, stored.layers, biases=stored.biases)
+        self.relayout = stored.relayout
         # groups in order need no index
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), r"\.g_idx$"}
 
@@ -113,9 +117,12 @@ class AutoRoundHfQuantizer(HfQuantizer):
                 calibrate_loaded(model, self.quantization_config, self.plan, self.tokens)
             config = FORMAT.config(self.plan, self.names)
             self.quantization_config = AutoRoundConfig(**config, backend=self.quantization_config.backend)
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
+                self.packed_layers += (name,)
                 module.requires_grad_(False)  # transformers makes float parameters trainable
+                if self.relayout is not None:
+                    self._relayout(name, module)
         assign_backends(model, self.quantization_config.backend)
         model.config.quantization_config = self.quantization_config
         return model
@@ -131,8 +138,33 @@ class AutoRoundHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Say no: adapters come with their own glue."""
-        return False
+        """Say yes: packed weights stay as they are, adapters beside them learn."""
+        return True
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, Any]]:
+        """Make the config true before it is saved; the tensors are saved as they are."""
+        self.name_plain_layers(model)
+        return None, {}
+
+    def name_plain_layers(self, model: PreTrainedModel) -> None:
+        """Name in `extra_config` what was loaded packed and is a plain layer now, as after merging an adapter."""
+        modules = dict(model.named_modules())
+        for name in self.packed_layers:
+            if isinstance(modules.get(name), nn.Linear | Conv1D):
+                self._name_plain(name)
+
+    def _name_plain(self, name: str) -> None:
+        named = getattr(self.quantization_config, "extra_config", None) or {}
+        self.quantization_config.extra_config = {**named, name: BF16.to_dict()}
+
+    def _relayout(self, name: str, layer: PackedLinear) -> None:
+        assert self.relayout is not None
+        if layer.device.type == "meta":
+            raise UnsupportedLayer(
+                f"{name} is offloaded and lies in compressed-tensors' layout, which no kernel reads; load the model without "
+                "offloading, save it (in auto_round form) and load that"
+            )
+        layer.relayout(self.relayout)
 
     @property
     def _needs_data(self) -> bool:

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_autoround.formats import AutoRoundFormat, StoredPlan
-from hf_autoround.formats.auto_round import packing_format
+from hf_autoround.formats.auto_round import PACKING, packing_format
 from hf_autoround.layers.sites import WeightSite
-from hf_autoround.layouts import GPTQ, IndexedGPTQ, Layout
+from hf_autoround.layouts import GPTQ, GPTQ_V1, GPTQ_V2, IndexedGPTQ, Layout
 from hf_autoround.layouts.gptq_indexed import groups_in_order
 from hf_autoround.models.blocks import find_sites, model_parts, other_matrices
 from hf_autoround.models.checkpoint import read_tensors, stored_names
@@ -28,16 +28,21 @@ from hf_autoround.scheme import Scheme
 logger = logging.get_logger(__name__)
 
 
+CODES = ("qweight", "weight_packed")  # what layouts call the tensor that tells a packed layer from a float one
+
+
 @dataclass(frozen=True)
 class StoredModel:
     """What to make of a checkpoint: the packed layers, the names of those with a bias, and the same in auto_round's words.
 
-    `config` is None if auto_round cannot say it: groups of inputs out of order.
+    `config` is None if auto_round cannot say it: groups of inputs out of order. `relayout` is the layout that layers get once
+    they are loaded, None if they keep the file's.
     """
 
     layers: dict[WeightSite, tuple[Scheme, Layout]]
     biases: set[str]
     config: dict[str, Any] | None
+    relayout: Layout | None
 
 
 def read_stored_model(model: PreTrainedModel, stored: StoredPlan, files: Iterable[str] | None) -> StoredModel:
@@ -53,7 +58,7 @@ def read_stored_model(model: PreTrainedModel, stored: StoredPlan, files: Iterabl
         own = names.get(site.name, site.name)
         inside = any(name.startswith(f"{path}.") for path in stored.blocks or (parts.blocks,) for name in (site.name, own))
         scheme = stored.scheme_of(own, inside)
-        if scheme is not None and (not files or f"{site.name}.qweight" in keys):
+        if scheme is not None and (not files or any(f"{site.name}.{leaf}" in keys for leaf in CODES)):
             layers[site] = scheme, _indexed(stored.layout) if site.name in scattered_layers else stored.layout
             continue
         if scheme is not None:
@@ -64,18 +69,27 @@ def read_stored_model(model: PreTrainedModel, stored: StoredPlan, files: Iterabl
             kept[site.name] = "the checkpoint holds it as float"
     schemes = {site.name: scheme for site, (scheme, _) in layers.items()}
     plan = QuantPlan(stored.scheme, tuple(layers), schemes, kept, parts.blocks)
-    config = AutoRoundFormat().config(plan, names) | {"packing_format": packing_format(stored.layout)}
+    loaded = loaded_layout(stored)
+    config = AutoRoundFormat().config(plan, names) | {"packing_format": packing_format(loaded)}
     biases = {site.name for site in layers if f"{site.name}.bias" in keys}
-    return StoredModel(layers, biases, None if scattered_layers else config)
+    return StoredModel(layers, biases, None if scattered_layers else config, None if loaded == stored.layout else loaded)
+
+
+def loaded_layout(stored: StoredPlan) -> Layout:
+    """Return the layout that layers have once they are loaded: the file's, if auto_round has a name for it."""
+    if stored.layout in PACKING.values():
+        return stored.layout
+    schemes = [scheme.weight for scheme in (stored.scheme, *stored.overrides.values()) if scheme.weight is not None]
+    return GPTQ_V1 if all(weight.symmetric for weight in schemes) else GPTQ_V2
 
 
 def disk_names(sites: Iterable[WeightSite], keys: Mapping[str, str]) -> dict[str, str]:
     """Return layer name in memory -> in the files; `keys` maps tensor names in memory to those in the files."""
     found = {}
     for site in sites:
-        key = keys.get(f"{site.name}.qweight") or keys.get(f"{site.name}.weight")
-        if key is not None:
-            found[site.name] = key.rpartition(".")[0]
+        for leaf in (*CODES, "weight"):
+            if key := keys.get(f"{site.name}.{leaf}"):
+                found[site.name] = key.rpartition(".")[0]
     return found
 
 

@@ -28,12 +28,25 @@ def run_block(block: nn.Module, hidden: Tensor, args: tuple, kwargs: Mapping[str
 
 @dataclass
 class InputStatistics:
-    """What each parameter was multiplied with: sums of squares ([E,] 1, I) float32, how many rows (of each expert), and
-    some of the rows, evenly spaced: `samples[name, expert]` (expert 0 where there are none) is a list of (r, I)."""
+    """What each parameter was multiplied with: sums of squares ([E,] 1, I), how many rows (of each expert), and some of
+    the rows, evenly spaced: `samples[name, expert]` (expert 0 where there are none) is a list of (r, I)."""
 
     squares: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     samples: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
+
+    def add(self, other: InputStatistics) -> None:
+        """Take in what was seen after this."""
+        for mine, theirs in ((self.squares, other.squares), (self.rows, other.rows)):
+            for name, tensor in theirs.items():
+                mine[name] = mine[name] + tensor if name in mine else tensor
+        for place, rows in other.samples.items():
+            self.samples.setdefault(place, []).extend(rows)
+
+    def on_cpu(self) -> InputStatistics:
+        """Return the same in host memory."""
+        squares = {name: tensor.cpu() for name, tensor in self.squares.items()}
+        return InputStatistics(squares, self.rows, {place: [row.cpu() for row in rows] for place, rows in self.samples.items()})
 
     def inputs(self, name: str) -> list[Tensor]:
         """Return the sampled rows (R, I) of a parameter, one tensor for each expert."""
@@ -79,9 +92,9 @@ class _InputWatcher(TorchFunctionMode):
         if inputs.shape[-1] != columns or sorted(weight.shape[-2:]) != sorted(parameter.shape[-2:]):
             return
         seen = inputs.detach().reshape(-1, inputs.shape[-1])
-        squares = seen.float().square().sum(0)
+        squares = seen.to(torch.promote_types(seen.dtype, torch.float32)).square().sum(0)
         leading = parameter.shape[:-2]
-        total = self.statistics.squares.setdefault(name, torch.zeros(*leading, 1, squares.numel(), device=squares.device))
+        total = self.statistics.squares.setdefault(name, squares.new_zeros(*leading, 1, squares.numel()))
         rows = self.statistics.rows.setdefault(name, torch.zeros(leading, dtype=torch.long))
         expert = (weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0) if leading else 0
         if leading:

@@ -90,3 +90,8 @@ def restore_fused_experts(experts: nn.Module, dtype: torch.dtype) -> None:
             experts.register_parameter(parameter, nn.Parameter(fused.contiguous()))
     for name in [name for name, _ in experts.named_children() if name.isdigit()]:
         del experts._modules[name]
+
+
+def holds_packed_experts(module: nn.Module) -> bool:
+    """Return whether the children `<expert>.<name>` of a module are packed experts, read and never run."""
+    return any(isinstance(value, PackedExpertWeights) for value in module.__dict__.values())

@@ -55,8 +55,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = shape
         self.scheme, self.layout, self.kernel = scheme, layout, kernel or dequantize_and_multiply
-        self.dtype = dtype  # of the model's activations when the layer was made
         self.transposed = False  # whether it stands for a Conv1D, which stores (I, O)
+        self.compute_dtype = dtype  # what the plain layer's weight would be; PEFT looks here too
         self.packed_names = tuple(layout.empty(self.spec, shape))
         for name, (size, kind) in layout.empty(self.spec, shape).items():
             self.register_parameter(name, nn.Parameter(torch.empty(size, dtype=kind), requires_grad=False))
@@ -95,6 +95,16 @@ class PackedLinear(nn.Module):
         self.repacked = None
         self.register_parameter(CODES, nn.Parameter(codes, requires_grad=False))
 
+    @torch.no_grad()
+    def relayout(self, layout: Layout) -> None:
+        """Keep the same numbers in another layout."""
+        tensors = layout.pack(self.quantized(), self.spec, self.in_features)
+        for name in self.packed_names:
+            del self._parameters[name]
+        self.layout, self.packed_names = layout, tuple(tensors)
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
     def quantized(self) -> QuantizedTensor:
         """Return the numbers, unpacked: elements (O, G, S)."""
         return self.layout.unpack(self.packed(), self.spec, (self.out_features, self.in_features))
@@ -103,6 +113,17 @@ class PackedLinear(nn.Module):
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight (O, I)."""
         return ungroup(dequantize(self.quantized()), self.in_features).to(dtype)
+
+    @torch.no_grad()
+    def load_quantized(self, tensor: QuantizedTensor) -> None:
+        """Hold other numbers of the same scheme: elements (O, G, S)."""
+        kind = None if self.repacked is None else type(self.repacked)
+        if kind is not None:
+            self.restore()
+        for name, packed in self.layout.pack(tensor, self.spec, self.in_features).items():
+            getattr(self, name).copy_(packed)
+        if kind is not None:
+            self.repack(kind)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.kernel(self, inputs)
@@ -118,6 +139,7 @@ class PackedLinear(nn.Module):
         packed = {id(tensor) for name, tensor in self._parameters.items() if name in self.packed_names}
         if self.repacked is not None:
             packed |= {id(buffer) for buffer in self.repacked.buffers()}
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

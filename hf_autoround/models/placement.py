@@ -56,12 +56,20 @@ class Placement:
         return {name: device for name, device in chosen.items() if device != self.main}
 
 
-def resolve_placement(device_map: DeviceMap) -> Placement:
+def resolve_placement(device_map: DeviceMap, own: torch.device | None = None) -> Placement:
     """Return the devices that a user means: None or "auto" (every accelerator, or the CPU), an index, "cuda:1", "0,1", a
-    list, or a dict of name patterns (regular expressions; the key "" is the main device).
+    list, or a dict of name patterns (regular expressions; the key "" is the main device). `own` is the device that a
+    launcher gave to this process, one of several: then it can only mean that.
 
-    Raises AutoRoundError for a device that this machine does not have.
+    Raises AutoRoundError for a device that this machine does not have, or that is not this process' own.
     """
+    if own is not None:
+        if isinstance(device_map, Mapping | list | tuple) or str(device_map) not in ("None", "auto", own.type):
+            raise AutoRoundError(
+                f"device_map={device_map!r} with several processes: each works on the device that its launcher gave it; "
+                "leave device_map out, or start one process to spread blocks over devices"
+            )
+        return Placement(own)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if isinstance(device_map, Mapping):
         patterns = {pattern: _device(device, accelerator) for pattern, device in device_map.items()}

@@ -3,14 +3,15 @@
 
 For each block: load it, compute the float model's outputs (targets), let the algorithm decide its numbers on the inputs
 that the already quantized blocks produce, store them in the journal, go on with the quantized block's outputs, drop it.
-A block that the journal already has is only run, not decided again.
+A block that the journal already has is only run, not decided again. Several processes do this side by side, each with
+its share of the samples; the journal is the main one's.
 
-Shapes: N samples, T tokens, H hidden size.
+Shapes: N samples (of this process' share), T tokens, H hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -26,16 +27,18 @@ from hf_autoround.models.blocks import ModelParts
 from hf_autoround.models.loading import LazyModel, evict, load_keys
 from hf_autoround.models.memory import release_memory
 from hf_autoround.models.placement import Placement
+from hf_autoround.models.processes import Processes
 from hf_autoround.models.walk import BlockArguments, BlockRunner, capture, finish
 from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.streams.journal import Journal
 from hf_autoround.streams.shards import refuse_not_finite
+from hf_autoround.streams.shares import share_of
 from hf_autoround.tuning import BlockAlgorithm, BlockResult, BlockTask, TunableWeight, TuningSettings
 
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """How the blocks are walked: `nblocks` at a time, on which devices, in which precision.
+    """How the blocks are walked: `nblocks` at a time, by which processes, on which devices, in which precision.
 
     `quantized_inputs`: each block is decided on what the quantized blocks before it produce. `keep_on_cpu`: activations
     wait in host memory. `amp`: matrix products in bfloat16 where the hardware has it.
@@ -44,6 +47,7 @@ class StreamSettings:
     nblocks: int = 1
     seed: int = 42
     placement: Placement = Placement(torch.device("cpu"))
+    processes: Processes = Processes()
     quantized_inputs: bool = True
     keep_on_cpu: bool = False
     amp: bool = True
@@ -87,31 +91,31 @@ def stream_blocks(
     journal: Journal,
     events: StreamEvents,
 ) -> None:
-    """Bring every block of the model into the journal. `tokens` (N, T) are the calibration samples.
+    """Bring every block of the model into the journal. `tokens` are the calibration samples, those of all processes.
 
     Raises CheckpointError or CalibrationError naming the layer whose weights or outputs are not finite.
     """
-    all_units = units(parts, plan, settings.nblocks)
-    if all(journal.has(unit.key) for unit in all_units):
+    all_units, main = units(parts, plan, settings.nblocks), settings.processes.from_main
+    done = main(lambda: {unit.key: journal.record(unit.key) for unit in all_units if journal.has(unit.key)})
+    if len(done) == len(all_units):
         for place, unit in enumerate(all_units):
-            events.block_ends(place, unit.key, journal.record(unit.key))
+            events.block_ends(place, unit.key, done[unit.key])
         return
     walk = _Walk(lazy, parts, plan, tokens, tuning, settings)
     walk.begin()
     for place, unit in enumerate(all_units):
-        finished = journal.has(unit.key)
+        finished = unit.key in done
         events.block_begins(place, unit.key, unit.names)
         with walk.resident(unit) as runner:
             statistics = walk.advance_float(runner, watch=not finished)
             if finished:
-                result = journal.get(unit.key, walk.schemes)
-                record = journal.record(unit.key)
+                result, record = main(partial(journal.get, unit.key, walk.schemes)), done[unit.key]
             else:
                 task = walk.task(place, runner, statistics)
                 on_step = partial(events.step_ends, place)
                 result = algorithm(task, tuning, on_step) if task.weights else BlockResult({})
                 record = events.block_decided(place, unit.key, unit.names, result, statistics.rows)
-                journal.put(unit.key, result, record)
+                main(partial(journal.put, unit.key, result, record))
             if place + 1 < len(all_units):
                 walk.advance_quantized(runner, result)
         events.block_ends(place, unit.key, record)
@@ -129,8 +133,10 @@ class _Walk:
         tuning: TuningSettings,
         settings: StreamSettings,
     ) -> None:
-        self.lazy, self.parts, self.plan, self.tokens = lazy, parts, plan, tokens
-        self.tuning, self.settings = tuning, settings
+        self.lazy, self.parts, self.plan, self.settings = lazy, parts, plan, settings
+        self.processes, self.samples = settings.processes, len(tokens)
+        self.share = share_of(len(tokens), tuning.batch_size, self.processes)
+        self.tokens = tokens[self.share.own]
         self.device = settings.placement.main
         self.parameters = plan.parameters()
         self.schemes = {name: scheme for name, (scheme, _) in self.parameters.items()}
@@ -142,9 +148,10 @@ class _Walk:
 
     def begin(self) -> None:
         """Capture the inputs of the first block."""
-        outside = self._load_outside()
-        captured = capture(self.lazy.model, self.blocks, self.tokens, self.device)
-        self._evict(outside)
+        with self.processes.together():
+            outside = self._load_outside()
+            captured = capture(self.lazy.model, self.blocks, self.tokens, self.device)
+            self._evict(outside)
         self.returns_tuple = captured.returns_tuple
         self.arguments = dict(zip(self.parts.block_names, captured.arguments, strict=True))
         kept = torch.device("cpu") if self.settings.keep_on_cpu else self.device
@@ -170,53 +177,70 @@ class _Walk:
     def advance_float(self, runner: BlockRunner, watch: bool) -> InputStatistics:
         """Compute the float outputs, and what the weights see on the quantized chain."""
         statistics = InputStatistics()
-        weights = {name: (tensor, transposed) for name, tensor, transposed in self._weights(runner)}
         same = self.inputs is self.float_inputs
-        batch = self.tuning.batch_size
         self.targets: Tensor | None = None
-        if runner.names == (self.parts.head,):  # its outputs are as wide as the vocabulary: computed when they are needed
-            if watch:
-                with watch_inputs(weights, statistics):
-                    for indices in torch.arange(len(self.inputs)).split(batch):
-                        runner(self.inputs[indices], indices, {})
-            return statistics
-        with watch_inputs(weights if watch and same else {}, statistics):
-            self.targets = runner.all(self.float_inputs, {}, batch)
-        if not torch.isfinite(self.targets).all():
-            raise CalibrationError(
-                f"the float model's outputs of {runner.names[-1]} hold NaN or infinity; "
-                "its weights are damaged, or bfloat16 overflows: try disable_amp"
-            )
-        if watch and not same:
-            with watch_inputs(weights, statistics):
-                runner.all(self.inputs, {}, batch)
-        if not same and self.settings.quantized_inputs:
+        with self.processes.together():
+            if runner.names != (self.parts.head,):  # whose outputs are as wide as the vocabulary: computed when needed
+                if watch and same:
+                    outputs: list[Tensor] = []
+                    self._watch(runner, statistics, lambda output: outputs.append(output.to(self.inputs)))
+                    self.targets = torch.cat(outputs)
+                else:
+                    self.targets = runner.all(self.float_inputs, {}, self.share.batch_size)
+                if not torch.isfinite(self.targets).all():
+                    raise CalibrationError(
+                        f"the float model's outputs of {runner.names[-1]} hold NaN or infinity; "
+                        "its weights are damaged, or bfloat16 overflows: try disable_amp"
+                    )
+            if watch and not (same and self.targets is not None):
+                self._watch(runner, statistics, lambda output: None)
+        if self.targets is not None and not same and self.settings.quantized_inputs:
             self.float_inputs = self.targets  # not needed any more: give the memory back
         return statistics
 
+    @torch.no_grad()
+    def _watch(self, runner: BlockRunner, statistics: InputStatistics, take: Callable[[Tensor], None]) -> None:
+        """Run the quantized chain's inputs through the unit; `take` gets the outputs, batch by batch. What the weights see
+        in all processes' batches is added to `statistics` in the order of the samples."""
+        weights = {name: (tensor, transposed) for name, tensor, transposed in self._weights(runner)}
+        for indices in self.share.batches():
+            seen = InputStatistics()
+            if len(indices):
+                with watch_inputs(weights, seen):
+                    take(runner(self.inputs[indices], indices, {}))
+            for each in self.processes.gather(seen if self.processes.count == 1 else seen.on_cpu()):
+                statistics.add(each)
+
     def task(self, place: int, runner: BlockRunner, statistics: InputStatistics) -> BlockTask:
         """Return what the algorithm needs of a resident unit."""
-        inputs, float_inputs, targets = self.inputs, self.float_inputs, self.targets
+        inputs, float_inputs, targets, where = self.inputs, self.float_inputs, self.targets, self.share.place
+
+        def run(indices: Tensor, replaced: Mapping[str, Tensor]) -> Tensor:
+            return runner(inputs[where[indices]], where[indices], replaced)
 
         def target(indices: Tensor) -> Tensor:
             if targets is not None:
-                return targets[indices].to(self.device)
+                return targets[where[indices]].to(self.device)
             with torch.no_grad():
-                return runner(float_inputs[indices], indices, {})
+                return runner(float_inputs[where[indices]], where[indices], {})
 
         weights = {
             name: TunableWeight(tensor, transposed, self.schemes[name]) for name, tensor, transposed in self._weights(runner)
         }
         return BlockTask(
             seed=self.settings.seed * 1_000_003 + place,
-            samples=len(self.tokens),
+            samples=self.samples,
             weights=weights,
             norms=self._norms(runner, weights),
             stored_dtype=self.stored,
-            importance={name: squares.to(weights[name].parameter.device) for name, squares in statistics.squares.items()},
+            importance={
+                name: squares.to(weights[name].parameter.device, torch.float32) for name, squares in statistics.squares.items()
+            },
             inputs={name: statistics.inputs(name) for name in statistics.squares},
-            run=lambda indices, replaced: runner(inputs[indices], indices, replaced),
+            run=run,
             target=target,
+            share=self.share.of,
+            total=self.processes.total,
         )
 
     @torch.no_grad()
@@ -227,7 +251,7 @@ class _Walk:
             weights = {name: tensor.to(self.device, self.dtype) for name, tensor in result.tuned.items()}
             for name, tensor, transposed in self._weights(runner):
                 weights[name] = oriented(result.layers[name].weight(), transposed).to(tensor)
-            self.inputs = runner.all(self.inputs, weights, self.tuning.batch_size)
+            self.inputs = runner.all(self.inputs, weights, self.share.batch_size)
             self.float_inputs = self.targets
         else:
             self.inputs = self.float_inputs = self.targets
@@ -271,14 +295,15 @@ class _Resident:
 
     def __enter__(self) -> BlockRunner:
         walk, lazy = self.walk, self.walk.lazy
-        runner = walk.runner(self.unit)
-        for name, block in zip(runner.names, runner.blocks, strict=True):
-            load_keys(lazy, lazy.keys_under(name), walk.device, walk.dtype)
-            for parameter, tensor in block.named_parameters(prefix=name):
-                if tensor.device.type == "meta":
-                    raise CheckpointError(f"{lazy.name} holds no tensor for {parameter}")
-                refuse_not_finite(parameter, tensor)
-            walk.settings.placement.spread(name, block)
+        with walk.processes.together():
+            runner = walk.runner(self.unit)
+            for name, block in zip(runner.names, runner.blocks, strict=True):
+                load_keys(lazy, lazy.keys_under(name), walk.device, walk.dtype)
+                for parameter, tensor in block.named_parameters(prefix=name):
+                    if tensor.device.type == "meta":
+                        raise CheckpointError(f"{lazy.name} holds no tensor for {parameter}")
+                    refuse_not_finite(parameter, tensor)
+                walk.settings.placement.spread(name, block)
         self.blocks = runner.blocks
         return runner
 
@@ -292,9 +317,11 @@ class _Resident:
 def compute_types(stored: torch.dtype, device: torch.device, amp: bool) -> tuple[torch.dtype, torch.dtype | None]:
     """Return the dtype to load blocks in, and the one to autocast matrix products to (None: no autocast).
 
-    bfloat16 models are computed as they are, where the hardware multiplies bfloat16; everything else is loaded in float32
-    (float16 activations overflow) with products in bfloat16.
+    bfloat16 models are computed as they are, where the hardware multiplies bfloat16, and so are float64 models, which ask
+    for precision; everything else is loaded in float32 (float16 activations overflow) with products in bfloat16.
     """
+    if stored == torch.float64:
+        return torch.float64, None
     fast = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if not amp or not fast:
         return torch.float32, None

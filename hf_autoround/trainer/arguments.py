@@ -3,6 +3,8 @@
 
 It is no subclass of TrainingArguments (116 fields, most of them meaningless here); it has the attributes that
 transformers' callbacks and reporting integrations read. Names follow the `auto-round` tool where it has one.
+
+Importing it loads no torch: the command lines show their help at once.
 """
 
 from __future__ import annotations
@@ -10,13 +12,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from typing import TYPE_CHECKING, Any, Literal
 
 from hf_autoround.errors import AutoRoundError, UnknownName
 from hf_autoround.registry import suggest
-from hf_autoround.tuning import TuningSettings
+
+if TYPE_CHECKING:
+    from hf_autoround.tuning import TuningSettings
 
 # iters, samples, length: what the recipes of the auto-round tool ask for. The learning rate is 1 / iters.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -91,13 +93,13 @@ class RoundingArguments:
     hub_model_id: str | None = _help("Repository for push_to_hub.", default=None)
     hub_private_repo: bool | None = _help("Make that repository private.", default=None)
 
-    # read by transformers' callbacks and integrations; nobody sets them here
-    logging_strategy: Any = field(default=IntervalStrategy.STEPS, init=False)
+    # read by transformers' callbacks and integrations; nobody sets them here. Strategies equal transformers' enums
+    logging_strategy: Any = field(default="steps", init=False)
     logging_first_step: bool = field(default=False, init=False)
-    save_strategy: Any = field(default=SaveStrategy.EPOCH, init=False)
+    save_strategy: Any = field(default="epoch", init=False)
     save_steps: float = field(default=0, init=False)
     save_total_limit: int | None = field(default=None, init=False)
-    eval_strategy: Any = field(default=IntervalStrategy.NO, init=False)
+    eval_strategy: Any = field(default="no", init=False)
     eval_steps: float | None = field(default=None, init=False)
     eval_delay: float = field(default=0, init=False)
     load_best_model_at_end: bool = field(default=False, init=False)
@@ -141,6 +143,8 @@ class RoundingArguments:
 
     def tuning(self) -> TuningSettings:
         """Return what the algorithm needs to know."""
+        from hf_autoround.tuning import TuningSettings
+
         return TuningSettings(
             iters=self.iters,
             batch_size=self.batch_size,

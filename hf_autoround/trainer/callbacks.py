@@ -26,7 +26,7 @@ class RoundingProgress(TrainerCallback):
         self.block = ""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not args.disable_tqdm:
+        if state.is_world_process_zero and not args.disable_tqdm:
             self.bar = tqdm(total=state.max_steps, unit="step", dynamic_ncols=True, disable=None)
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -54,7 +54,7 @@ class BlockLines(TrainerCallback):
     """One log line for each block that is done."""
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
-        if logs and "block" in logs:
+        if state.is_world_process_zero and logs and "block" in logs:
             with tqdm.external_write_mode(file=sys.stderr):
                 logger.info(block_line(logs, kwargs.get("seconds")))
 

@@ -48,7 +48,7 @@ class TrainerEvents:
             self.logs.append(entry)
             self.trainer.log(entry)
         control = self.trainer.control
-        return control.should_epoch_stop or control.should_training_stop
+        return self.trainer.processes.any(control.should_epoch_stop or control.should_training_stop)
 
     def block_decided(
         self, place: int, unit: str, names: tuple[str, ...], result: BlockResult, rows: Mapping[str, Any]
@@ -69,10 +69,10 @@ class TrainerEvents:
             "epoch": float(place + 1),
             "step": (place + 1) * self.steps_per_block,
         }
-        by_module = {name.rpartition(".")[0]: counts for name, counts in rows.items() if counts.ndim}
-        seen = [count for counts in by_module.values() for count in counts.tolist()]
+        seen = {name.rpartition(".")[0]: counts.tolist() for name, counts in rows.items() if counts.ndim}
         if seen:
-            entry["experts"] = f"experts saw {min(seen)} to {max(seen)} tokens, {sum(count == 0 for count in seen)} none"
+            entry["expert_tokens"] = seen
+            entry["experts"] = "; ".join(_coverage(module, counts) for module, counts in seen.items())
         return {"history": [*self.logs, entry]}
 
     def block_ends(self, place: int, unit: str, record: Mapping[str, Any]) -> None:
@@ -83,7 +83,7 @@ class TrainerEvents:
         seconds = time.time() - self.started if self.started is not None else None
         self.trainer.log(record["history"][-1], seconds=seconds)
         self._call("on_epoch_end")
-        if self.trainer.control.should_training_stop and place + 1 < self.blocks:
+        if self.trainer.processes.any(self.trainer.control.should_training_stop) and place + 1 < self.blocks:
             raise TrainingStopped(record["history"][-1]["block"])
 
     def _call(self, event: str, **kwargs: Any) -> None:
@@ -95,3 +95,11 @@ class TrainerEvents:
 
 def _block_name(names: tuple[str, ...]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} to {names[-1].rpartition('.')[2]}"
+
+
+def _coverage(module: str, counts: list[int]) -> str:
+    """Return a sentence on how many tokens each expert of a module was tuned on; those without are only rounded."""
+    unseen = [str(expert) for expert, count in enumerate(counts) if count == 0]
+    middle = sorted(counts)[len(counts) // 2]
+    line = f"{len(counts)} experts of {module} saw {min(counts)} to {max(counts)} tokens, median {middle}"
+    return line + (f"; rounded without data: {', '.join(unseen)}" if unseen else "")

@@ -20,11 +20,13 @@ from hf_autoround.formats import find_formats, reasons_against, refuse_mixtures
 from hf_autoround.models.blocks import ModelParts, model_parts
 from hf_autoround.models.loading import LazyModel, open_model
 from hf_autoround.models.placement import resolve_placement
+from hf_autoround.models.processes import Processes
 from hf_autoround.planning.model_plan import plan_model
 from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.scheme import resolve_scheme
 from hf_autoround.streams.blocks import StreamSettings
 from hf_autoround.streams.shards import SourceKey, source_keys
+from hf_autoround.streams.shares import share_of
 from hf_autoround.trainer.arguments import RoundingArguments
 from hf_autoround.trainer.output import OutputFolder
 
@@ -85,11 +87,14 @@ class Run:
             "seed": args.seed,
             "precision": "float32" if args.disable_amp else "amp",
             "device": self.settings.placement.main.type,
+            "processes": self.settings.processes.count,
             **tuning,
         }
 
 
-def prepare(model: str | Path | PreTrainedModel, args: RoundingArguments, train_dataset: Any, processing_class: Any) -> Run:
+def prepare(
+    model: str | Path | PreTrainedModel, args: RoundingArguments, train_dataset: Any, processing_class: Any, processes: Processes
+) -> Run:
     """Return the run that these arguments mean.
 
     Raises an AutoRoundError for anything that could not work, before any weight is read.
@@ -101,7 +106,7 @@ def prepare(model: str | Path | PreTrainedModel, args: RoundingArguments, train_
     if scheme.weight is None and not args.layer_config:
         raise UnsupportedScheme(f"{scheme.name} leaves every layer as it is: there is nothing to quantize")
     max_shard_size = _bytes(args.max_shard_size)
-    placement = resolve_placement(args.device_map)
+    placement = resolve_placement(args.device_map, processes.device)
     lazy = open_model(model, trust_remote_code=args.trust_remote_code)
     parts = model_parts(lazy.model)
     plan = plan_model(
@@ -130,10 +135,12 @@ def prepare(model: str | Path | PreTrainedModel, args: RoundingArguments, train_
             vocabulary=config.vocab_size,
             longest=getattr(config, "max_position_embeddings", None),
         )
+        share_of(len(data.tokens), args.batch_size, processes)  # raises if there is not enough for all of them
     settings = StreamSettings(
         nblocks=args.nblocks,
         seed=args.seed,
         placement=placement,
+        processes=processes,
         quantized_inputs=args.enable_quanted_input,
         keep_on_cpu=args.low_gpu_mem_usage,
         amp=not args.disable_amp,

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from hf_autoround.errors import AutoRoundError, MissingDependency
 from hf_autoround.formats.base import Format
 from hf_autoround.layers.sites import QuantizedLayer
+from hf_autoround.models.processes import join
 from hf_autoround.streams.blocks import stream_blocks, units
 from hf_autoround.streams.journal import Journal, digests, refuse_other_arguments
 from hf_autoround.streams.shards import FromJournal, Item, rounded, stream_checkpoint
@@ -42,6 +43,9 @@ class RoundingTrainer:
     `model`: a folder, a Hub id, or a PreTrainedModel (which is read, never changed). `train_dataset`: calibration data
     (texts, token ids, tensors, a datasets.Dataset, or a name); `args.dataset` if it is None. `processing_class`: the
     tokenizer, if it is not the model folder's own.
+
+    Under torchrun (or accelerate launch on accelerators) the processes share the calibration samples; each of them calls
+    the same methods, and the main one writes.
     """
 
     def __init__(
@@ -54,9 +58,12 @@ class RoundingTrainer:
     ) -> None:
         self.model, self.args = model, args or RoundingArguments()
         self.train_dataset, self.processing_class = train_dataset, processing_class
+        self.processes = join(cpu=str(self.args.device_map) == "cpu")
         own: list[Any] = [DefaultFlowCallback, *self._reports(), RoundingProgress, BlockLines]
         self.callback_handler = self._handler([*own, *(callbacks or [])])
         self.state, self.control = TrainerState(), TrainerControl()
+        self.state.is_world_process_zero = self.processes.main
+        self.state.is_local_process_zero = self.processes.local_index == 0
         self.run: Run | None = None
         self.errors: dict[str, float] = {}
         self.control = self.callback_handler.on_init_end(self.args, self.state, self.control)
@@ -70,15 +77,11 @@ class RoundingTrainer:
         resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else bool(resume_from_checkpoint)
         started = time.time()
         run = self.prepare()
-        before = run.output.finished() if resume else None
+        before = self.processes.from_main(lambda: self._finished(run) if resume else None)
         if before is not None:
-            refuse_other_arguments(run.output.folder, before["signature"], digests(run.signature()))
-            logger.info(f"{run.output.folder} is finished already")
             return TrainOutput(before["global_step"], 0.0, {})
         journal = self.quantize(resume)
-        self.write(run.output, journal)
-        run.output.finish(self._final_state())
-        journal.remove()
+        self.processes.from_main(lambda: self._complete(run, journal))
         losses = [entry["loss_best"] for entry in self.state.log_history if entry.get("loss_best") is not None]
         mean = sum(losses) / len(losses) if losses else 0.0
         runtime = time.time() - started
@@ -89,19 +92,19 @@ class RoundingTrainer:
     def prepare(self) -> Run:
         """Open the model, make the plan and read the data; nothing is written yet. Done once."""
         if self.run is None:
-            self.run = prepare(self.model, self.args, self.train_dataset, self.processing_class)
-            run = self.run
+            with self.processes.together():
+                run = prepare(self.model, self.args, self.train_dataset, self.processing_class, self.processes)
+                self._refuse_disagreement(run)
+            self.run = run
             self.callback_handler.model, self.callback_handler.processing_class = run.lazy.model, run.processing_class
-            self._say_what_will_happen(run)
+            if self.processes.main:
+                self._say_what_will_happen(run)
         return self.run
 
     def quantize(self, resume: bool = False) -> Journal:
         """Bring every block into the journal (plain round to nearest has nothing to keep there)."""
         run = self.prepare()
-        run.output.claim(resume)
-        run.output.refuse_full_disk(run.lazy, run.plan, run.keys, journal=run.streams_blocks)
-        journal = Journal(run.output.journal, run.signature())
-        journal.start()
+        journal = self.processes.from_main(lambda: self._open_journal(run, resume))
         steps_per_block = self.args.iters or 1
         all_units = units(run.parts, run.plan, self.args.nblocks)
         self.state.max_steps = steps_per_block * len(all_units) if run.streams_blocks else len(run.plan.sites)
@@ -124,7 +127,7 @@ class RoundingTrainer:
         return journal
 
     def write(self, output: OutputFolder, journal: Journal) -> None:
-        """Write what is in a journal (or round to nearest on the way) in the formats of `output`."""
+        """Write what is in a journal (or round to nearest on the way) in the formats of `output`; for the main process."""
         run = self.prepare()
 
         def companions(folder: Path, target: Format) -> None:
@@ -136,22 +139,27 @@ class RoundingTrainer:
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Copy the finished checkpoint(s) to another folder, as Trainer.save_model would write them there."""
         run = self.prepare()
-        if run.output.finished() is None:
-            raise AutoRoundError(f"nothing is quantized in {run.output.folder} yet: call train() first")
-        if output_dir is not None and Path(output_dir).expanduser().resolve() != run.output.folder.resolve():
-            shutil.copytree(run.output.folder, Path(output_dir).expanduser(), dirs_exist_ok=True)
+
+        def copy() -> None:
+            self._refuse_unfinished(run)
+            if output_dir is not None and Path(output_dir).expanduser().resolve() != run.output.folder.resolve():
+                shutil.copytree(run.output.folder, Path(output_dir).expanduser(), dirs_exist_ok=True)
+
+        self.processes.from_main(copy)
 
     def push_to_hub(self, repo_id: str | None = None, commit_message: str = "Quantized with hf_autoround") -> str:
         """Upload the finished checkpoint and return its address."""
+        run = self.prepare()
+        return self.processes.from_main(lambda: self._upload(run, repo_id, commit_message))
+
+    def _upload(self, run: Run, repo_id: str | None, commit_message: str) -> str:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-        run = self.prepare()
         name = repo_id or self.args.hub_model_id
         if name is None:
             raise AutoRoundError("push_to_hub needs a repository: pass repo_id, or hub_model_id in the arguments")
-        if run.output.finished() is None:
-            raise AutoRoundError(f"nothing is quantized in {run.output.folder} yet: call train() first")
+        self._refuse_unfinished(run)
         api = HfApi()
         try:
             repository = api.create_repo(name, private=self.args.hub_private_repo, exist_ok=True).repo_id
@@ -191,6 +199,41 @@ class RoundingTrainer:
     def remove_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         """Remove a callback."""
         self.callback_handler.remove_callback(callback)
+
+    def _finished(self, run: Run) -> dict[str, Any] | None:
+        """Return the state of a run with these arguments that is complete already, or None."""
+        before = run.output.finished()
+        if before is not None:
+            refuse_other_arguments(run.output.folder, before["signature"], digests(run.signature()))
+            logger.info(f"{run.output.folder} is finished already")
+        return before
+
+    def _open_journal(self, run: Run, resume: bool) -> Journal:
+        run.output.claim(resume)
+        run.output.refuse_full_disk(run.lazy, run.plan, run.keys, journal=run.streams_blocks)
+        journal = Journal(run.output.journal, run.signature())
+        journal.start()
+        return journal
+
+    def _complete(self, run: Run, journal: Journal) -> None:
+        self.write(run.output, journal)
+        run.output.finish(self._final_state())
+        journal.remove()
+
+    def _refuse_unfinished(self, run: Run) -> None:
+        if run.output.finished() is None:
+            raise AutoRoundError(f"nothing is quantized in {run.output.folder} yet: call train() first")
+
+    def _refuse_disagreement(self, run: Run) -> None:
+        """Raise AutoRoundError if another process understood something else, as one does that has other files."""
+        mine = digests({"plan": run.plan.to_dict(), "calibration data": run.data.digest if run.data else None})
+        for number, other in enumerate(self.processes.gather(mine)):
+            for what in mine:
+                if mine[what] != other[what]:
+                    raise AutoRoundError(
+                        f"process {number} has another {what} than process {self.processes.index}: "
+                        "every machine needs the same model, data and arguments"
+                    )
 
     def _items(self, run: Run, journal: Journal) -> Iterable[Item]:
         if run.streams_blocks:

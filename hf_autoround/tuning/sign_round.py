@@ -91,13 +91,12 @@ class _State:
         # Leaves between weights and block: the block's backward runs once per micro-batch, the quantizer's once per step.
         leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
         total, count = 0.0, sum(len(indices) for indices in micro_batches)
-        for indices in micro_batches:
-            output = self.task.run(indices, leaves)  # type: ignore[misc]
-            loss = torch.nn.functional.mse_loss(output.float(), self.task.target(indices).float())  # type: ignore[misc]
+        for indices in filter(len, map(self.task.share, micro_batches)):
+            loss = _loss(self.task, leaves, indices)
             (loss * (len(indices) / count)).backward()
             total += loss.item() * len(indices) / count
-        pairs = [(weights[name], leaf.grad) for name, leaf in leaves.items() if leaf.grad is not None]
-        torch.autograd.backward([weight for weight, _ in pairs], [gradient for _, gradient in pairs])
+        gradients = [self.task.total(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad) for leaf in leaves.values()]
+        torch.autograd.backward(list(weights.values()), gradients)
         for optimizer, initial in zip(self.optimizers, self.initial, strict=True):
             for group, lr in zip(optimizer.param_groups, initial, strict=True):
                 group["lr"] = lr * rate
@@ -106,7 +105,7 @@ class _State:
         with torch.no_grad():
             for tunables in self.tunables.values():
                 tunables.clamp_()
-        return total
+        return _sum(self.task, total)
 
     def snapshot(self) -> tuple[dict[str, Tunables], dict[str, Tensor]]:
         """Return copies of what is learned: tunables, and norms in the model's dtype."""
@@ -142,11 +141,19 @@ class SignSGD(torch.optim.Optimizer):
 @torch.no_grad()
 def _error(task: BlockTask, weights: Mapping[str, Tensor], indices: Tensor, batch_size: int) -> float:
     """Return the mean squared error of the block's output on samples `indices`."""
-    total = 0.0
-    for batch in indices.split(batch_size):
-        output = task.run(batch, weights)  # type: ignore[misc]
-        total += torch.nn.functional.mse_loss(output.float(), task.target(batch).float()).item() * len(batch)  # type: ignore[misc]
-    return total / len(indices)
+    own = task.share(indices)
+    total = sum(_loss(task, weights, batch).item() * len(batch) for batch in own.split(batch_size) if len(batch))
+    return _sum(task, total) / len(indices)
+
+
+def _loss(task: BlockTask, weights: Mapping[str, Tensor], indices: Tensor) -> Tensor:
+    output, target = task.run(indices, weights), task.target(indices)  # type: ignore[misc]
+    precise = torch.promote_types(output.dtype, torch.float32)
+    return torch.nn.functional.mse_loss(output.to(precise), target.to(precise))
+
+
+def _sum(task: BlockTask, share: float) -> float:
+    return task.total(torch.tensor(share, dtype=torch.float64)).item()
 
 
 def _split(samples: int, count: int) -> tuple[Tensor, Tensor]:
@@ -161,11 +168,25 @@ def _split(samples: int, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _batches(samples: Tensor, seed: int, settings: TuningSettings) -> Iterator[list[Tensor]]:
-    """Yield the micro-batches of each step for ever: shuffled passes over the samples, a function of the seed."""
+    """Yield the micro-batches of each step for ever: shuffled passes over the samples, a function of the seed.
+
+    A step takes its samples from all over the set, as evenly as it goes: one from every batch_size, in turn. Samples are
+    shared out by the same batches, so each share has as much to do in every step.
+    """
     generator = torch.Generator().manual_seed(seed)
     size = min(len(samples), settings.batch_size * settings.gradient_accumulate_steps)
     micro = max(1, min(settings.batch_size, size))
     while True:
-        order = samples[torch.randperm(len(samples), generator=generator)]
+        order = _in_turn(samples[torch.randperm(len(samples), generator=generator)], settings.batch_size, size)
         for start in range(0, len(order) - size + 1, size):
             yield list(order[start : start + size].split(micro))
+
+
+def _in_turn(shuffled: Tensor, batch_size: int, size: int) -> Tensor:
+    """Return the samples ordered so that any `size` in a row come from different batches, numbered modulo `size`."""
+    stratum = shuffled // batch_size % size
+    turn = torch.zeros_like(stratum)
+    for each in stratum.unique():
+        members = stratum == each
+        turn[members] = torch.arange(int(members.sum()))
+    return shuffled[torch.argsort(turn * size + stratum)]

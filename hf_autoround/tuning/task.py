@@ -69,6 +69,9 @@ class BlockTask:
     with `weights` in place of its own; `target(indices)` are the float model's outputs. `norms` are the 1-D parameters
     that may be tuned besides, and ship as `stored_dtype`. `importance` holds sums of squared inputs, ([E,] 1, I), `inputs`
     some of the inputs themselves: one (R, I) for a weight, E of them for fused experts.
+
+    The samples may be shared out: `share(indices)` are those that can be run here, and `total(tensor)` is the sum of what
+    all shares give. Everyone has to ask for the same totals in the same order.
     """
 
     seed: int
@@ -80,6 +83,8 @@ class BlockTask:
     inputs: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
     run: Callable[[Tensor, Mapping[str, Tensor]], Tensor] | None = None
     target: Callable[[Tensor], Tensor] | None = None
+    share: Callable[[Tensor], Tensor] = lambda indices: indices
+    total: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from transformers import AutoRoundConfig as TransformersAutoRoundConfig
 from hf_autoround import AutoRound, AutoRoundConfig
 from hf_autoround.errors import UnsupportedScheme
 from hf_autoround.layers.packed_linear import PackedLinear
+from hf_autoround.layouts import PackQuantized
 
-GOLDEN = ["llama_w4_gptq", "llama_w3_gptq", "llama_w4_mixed_gptq", "llama_w4_awq"]
+GOLDEN = ["llama_w4_gptq", "llama_w3_gptq", "llama_w4_mixed_gptq", "llama_w4_awq", "llama_w4_ct"]
 ERRORS = {2: (0.35, 0.4), 3: (0.2, 0.22), 4: (0.1, 0.106), 8: (0.004, 0.007)}  # relative, of round to nearest
 
 
@@ -119,6 +120,41 @@ def test_biases_that_only_the_file_has_are_added(tiny_model, tmp_path):
     assert_saves_in_auto_round_form(model, tmp_path / "saved")
 
 
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+def test_compressed_tensors_of_mixed_bits_load(symmetric, tiny_model, tmp_path):
+    """Written here by compressed-tensors' published layout: group_0 by class, group_1 by pattern, `ignore` beats both."""
+    source, name = tiny_model("llama"), "model.layers.1.self_attn.q_proj"
+    packed, fake = write(source, tmp_path / "out", "auto_round", scheme="W4A16G32", sym=symmetric, ignore_layers=["o_proj"],
+                         layer_config={"k_proj": {"bits": 8}})  # fmt: skip
+    ours = load(packed)
+    tensors = load_file(packed / "model.safetensors")
+    for path, layer in ours.named_modules():
+        if isinstance(layer, PackedLinear):
+            for leaf in layer.packed_names:
+                del tensors[f"{path}.{leaf}"]
+            fields = PackQuantized().pack(layer.quantized(), layer.spec, layer.in_features)
+            tensors |= {f"{path}.{leaf}": tensor for leaf, tensor in fields.items()}
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+
+    def group(bits, targets):
+        numbers = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": 32}
+        return {"targets": targets, "weights": numbers, "format": "pack-quantized"}
+
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": group(4, ["Linear"]), "group_1": group(8, [r"re:.*k_proj$"])},
+        "ignore": ["lm_head", r"re:.*o_proj$"],
+    }
+    (packed / "config.json").write_text(json.dumps(config))
+    rows = tokens()[:2]
+    model = load(packed)
+    assert model.get_submodule(name).layout.name.startswith("gptq")
+    assert torch.equal(model(rows).logits, AutoModelForCausalLM.from_pretrained(fake, dtype=torch.float32)(rows).logits)
+    assert_saves_in_auto_round_form(model, tmp_path / "saved")
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -126,8 +162,9 @@ def test_biases_that_only_the_file_has_are_added(tiny_model, tmp_path):
         ({"quant_method": "hqq"}, "quant_method 'hqq'"),
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "'marlin'"),
         ({"quant_method": "gptq", "bits": 5}, "5 bits"),
+        ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"format": "int-quantized"}}}, "'int-quantized'"),
     ],
-    ids=["gemv", "hqq", "marlin", "5 bits"],
+    ids=["gemv", "hqq", "marlin", "5 bits", "int8"],
 )
 def test_what_is_not_read_is_refused_with_a_sentence(changes, says, tiny_model, tmp_path):
     packed, _ = write(tiny_model("llama"), tmp_path / "out", "auto_gptq", scheme="W4A16G32")

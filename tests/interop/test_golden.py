@@ -43,6 +43,7 @@ GOLDEN = {
         None,
     ),
     "llama_w4_awq": ("llama", {"scheme": "W4A16"}, 0.104),
+    "llama_w4_ct": ("llama", None, 0.104),
 }
 COMMON = ("bits", "group_size", "sym", "quant_method")
 KEYS = {  # of the configuration: what other readers look for

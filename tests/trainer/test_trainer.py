@@ -153,8 +153,9 @@ def test_a_callback_can_end_a_block_early(tiny_model, tmp_path):
 )
 def test_every_tunable_changes_what_it_should(arguments, tiny_model, tmp_path):
     model = tiny_model("llama", torch.bfloat16)
-    trainer(str(model), tmp_path / "plain", iters=6).train()
-    trainer(str(model), tmp_path / "other", **{"iters": 6, **arguments}).train()
+    shared = {"iters": 10, "scheme": "W2A16G32"}  # at 2 bits the first steps already improve on the start
+    trainer(str(model), tmp_path / "plain", **shared).train()
+    trainer(str(model), tmp_path / "other", **{**shared, **arguments}).train()
     plain, other = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "other"))
     same = plain.keys() == other.keys() and all(torch.equal(plain[name], other[name]) for name in plain)
     assert same == ("low_gpu_mem_usage" in arguments or "device_map" in arguments)
@@ -193,7 +194,9 @@ def test_experts_without_tokens_are_rounded_and_reported(tiny_model, tmp_path):
     run = trainer(str(tiny_model("qwen3_moe")), tmp_path / "out", train_dataset=torch.full((8, 8), 5), iters=4)
     run.train()
     blocks = [entry for entry in run.state.log_history if "block" in entry]
-    assert "experts" not in blocks[0] and "2 none" in blocks[1]["experts"]
+    assert "experts" not in blocks[0] and "rounded without data: 0, 1" in blocks[1]["experts"]
+    counts = blocks[1]["expert_tokens"]["model.layers.1.mlp.experts"]
+    assert counts[:2] == [0, 0] and min(counts[2:]) > 0
     logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens(2, 10)).logits
     assert torch.isfinite(logits).all()
 

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton backend: what it refuses, that its kernels are right, and that they compile for GPUs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from packed import packed_linear
+
+from hf_autoround.backends.base import missing
+from hf_autoround.backends.triton_gptq import TritonGPTQ
+from hf_autoround.layouts import AWQ, GPTQ_V1
+
+GPU = torch.device("cuda")  # named, not used: a refusal runs nothing
+
+
+def test_kernels_obey_their_laws():
+    pytest.importorskip("triton")
+    environment = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(Path(__file__).with_name("triton_laws.py"))]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout and "skipped" not in run.stdout
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_kernels_compile_for_a_gpu_and_fit_it(capability):
+    """What the interpreter does not see: types, constants, shared memory. Triton compiles without a GPU."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from hf_autoround.backends import triton_kernels as kernels
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("Triton is set to interpret, not to compile")
+    shared_memory = 99 * 1024  # of one program, where it is smallest: compute capability 8.6, 8.9 and 12.0
+    types = {"inputs": "*bf16", "weight": "*bf16", "outputs": "*fp32", "scales": "*fp16", "qweight": "*i32", "qzeros": "*i32"}
+    for bits in (3, 4):
+        for launch in (kernels.product_launch(1, bits, 128), kernels.product_launch(64, bits, 128), kernels.dense_launch(128)):
+            names = launch.kernel.arg_names
+            constants = launch.blocks | dict(bits=bits, group=128, zero_offset=1)
+            signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+            source = ASTSource(launch.kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+            binary = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_stages": launch.stages})
+            assert binary.metadata.shared <= shared_memory
+
+
+@pytest.mark.parametrize(
+    ("layer", "device", "reason"),
+    [
+        (packed_linear(4, 32, True, (8, 64)), torch.device("cpu"), "it runs on CUDA and ROCm devices, not on cpu"),
+        (packed_linear(4, 32, True, (8, 64), AWQ()), GPU, "it reads the layouts gptq and gptq_v2, not awq"),
+        (packed_linear(4, -1, True, (8, 72)), GPU, "it needs a multiple of 32 inputs, not 72"),
+        (packed_linear(4, 48, True, (8, 96)), GPU, "it needs groups of a multiple of 32 inputs, not of 48"),
+        (packed_linear(3, 64, False, (7, 96), GPTQ_V1), GPU, None),
+    ],
+    ids=["device", "layout", "inputs", "group", "fits"],
+)
+def test_a_refusal_says_why(layer, device, reason, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert TritonGPTQ().refuse(layer, device) == reason
+
+
+def test_without_triton_the_package_is_named(monkeypatch):
+    monkeypatch.setattr("hf_autoround.backends.base.find_spec", lambda name: None)
+    assert missing(TritonGPTQ()) == "it needs triton, which is not installed: pip install triton"

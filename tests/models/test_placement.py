@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""device_map: what it can say, what it cannot, and one block's layers on two devices."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_autoround.errors import AutoRoundError
+from hf_autoround.layers.fake_quantized_block import run_block
+from hf_autoround.models.placement import Placement, resolve_placement
+
+CPU, FIRST, SECOND = torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")
+
+
+@pytest.fixture
+def two_accelerators(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+
+
+@pytest.mark.parametrize(
+    ("device_map", "placement"),
+    [
+        (None, Placement(FIRST)),
+        ("auto", Placement(FIRST, (SECOND,))),
+        (1, Placement(SECOND)),
+        ("1", Placement(SECOND)),
+        ("cuda:1", Placement(SECOND)),
+        ("cpu", Placement(CPU)),
+        ("0,1", Placement(FIRST, (SECOND,))),
+        ([1, "cuda:0"], Placement(SECOND, (FIRST,))),
+        ({"q_proj": 1}, Placement(FIRST, patterns=(("q_proj", SECOND),))),
+        ({"": 1, r"layers\.0\.": "cpu"}, Placement(SECOND, patterns=((r"layers\.0\.", CPU),))),
+    ],
+    ids=str,
+)
+def test_what_a_device_map_means(device_map, placement, two_accelerators):
+    assert resolve_placement(device_map) == placement
+
+
+@pytest.mark.parametrize(
+    ("device_map", "why"),
+    [
+        (2, "there are 2 such devices"),
+        ("xpu:0", "has no xpu device"),
+        ("gpu", "is no device"),
+        ([], "empty list"),
+        ({"q_proj": 7}, "there are 2"),
+    ],
+    ids=str,
+)
+def test_devices_that_are_not_there_are_refused(device_map, why, two_accelerators):
+    with pytest.raises(AutoRoundError, match=why):
+        resolve_placement(device_map)
+
+
+@pytest.mark.parametrize("device_map", [None, "auto", "cuda"])
+def test_one_of_several_processes_works_on_its_own_device(device_map):
+    assert resolve_placement(device_map, own=SECOND) == Placement(SECOND)
+
+
+@pytest.mark.parametrize("device_map", [0, "cuda:1", "0,1", [0, 1], (0, 1), {"q_proj": 1}, "cpu"], ids=str)
+def test_one_of_several_processes_takes_no_other_device(device_map):
+    with pytest.raises(AutoRoundError, match=r"with several processes: each works on the device that its launcher gave it"):
+        resolve_placement(device_map, own=SECOND)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.small, self.large, self.norm = nn.Linear(8, 8), nn.Linear(8, 64), nn.LayerNorm(8)
+
+
+def assigned(placement):
+    return placement._assign("model.layers.3", Block())
+
+
+def test_layers_are_shared_out_by_size_and_patterns_come_first():
+    assert assigned(Placement(FIRST)) == {}
+    assert assigned(Placement(FIRST, (SECOND,))) == {"large": SECOND}
+    assert assigned(Placement(FIRST, patterns=(("small", CPU),))) == {"small": CPU}
+    assert assigned(Placement(FIRST, (SECOND,), ((r"layers\.3\.large", CPU),))) == {"large": CPU, "small": SECOND}
+    assert assigned(Placement(FIRST, patterns=(("layers.4", CPU),))) == {}
+
+
+class GatedBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.gate, self.down = nn.Linear(8, 32), nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, hidden):
+        return hidden + self.down(nn.functional.silu(self.gate(hidden)) * self.up(hidden))
+
+
+def test_a_block_on_two_devices_computes_what_it_does_on_one():
+    """The second device is torch's lazy backend, which every build has: other memory, the same arithmetic."""
+    backend = pytest.importorskip("torch._lazy.ts_backend")
+    backend.init()
+    block = GatedBlock().requires_grad_(False)
+    hidden = torch.randn(2, 3, 8)
+
+    def result(weights):
+        output = run_block(block, hidden, (), {}, weights)
+        output.square().sum().backward()
+        return output.detach(), {name: weight.grad for name, weight in weights.items()}
+
+    expected, gradients = result({name: weight.clone().requires_grad_() for name, weight in block.named_parameters()})
+    placement = Placement(CPU, (torch.device("lazy:0"),))
+    placement.spread("block", block)
+    assert {parameter.device.type for parameter in block.parameters()} == {"cpu", "lazy"}
+    output, moved = result({name: weight.clone().requires_grad_() for name, weight in block.named_parameters()})
+    assert output.device == CPU
+    torch.testing.assert_close(output, expected)
+    for name, gradient in moved.items():
+        torch.testing.assert_close(gradient.cpu(), gradients[name])
+    placement.gather(block)
+    assert "_hf_hook" not in block.up.__dict__
