@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hf_autoround.backends.base import Backend, compute_dtype, multiply
-from hf_autoround.backends.int4_order import Segment, measured_order, pack_int4
+from hf_autoround.backends.int4_order import Segment, measured_order
 from hf_autoround.layers.packed_linear import PackedLinear, Repacked
 from hf_autoround.layouts import IntegerLayout
 from hf_autoround.numerics.grouping import group_columns
@@ -52,12 +52,12 @@ class Int4Codes(Repacked):
         scales = self.scales(layer, torch.float32)
         zero = (self.middle - zeros.float()) * scales
         if self.width == 4:
-            self.register_buffer("high", pack_int4(codes), persistent=False)
+            self.register_buffer("high", order.pack(codes), persistent=False)
             self.register_buffer("high_scales", _for_kernel(scales, zero), persistent=False)
         else:
-            self.register_buffer("high", pack_int4(codes >> 4), persistent=False)
+            self.register_buffer("high", order.pack(codes >> 4), persistent=False)
             self.register_buffer("high_scales", _for_kernel(16 * scales, zero), persistent=False)
-            self.register_buffer("low", pack_int4(codes & 15), persistent=False)
+            self.register_buffer("low", order.pack(codes & 15), persistent=False)
             self.register_buffer("low_scales", _for_kernel(scales, 8 * scales), persistent=False)
         same = bool((zeros == self.middle).all())
         self.register_buffer("zeros", None if same else zeros.contiguous(), persistent=False)
@@ -72,7 +72,8 @@ class Int4Codes(Repacked):
 
     def scales(self, layer: PackedLinear, dtype: torch.dtype) -> Tensor:
         """Return the scales of the widened codes, (G, N)."""
-        return self.spread(layer.scales, layer).to(dtype) / 2**self.shift
+        scales = self.spread(layer.scales, layer).to(dtype)
+        return scales / 2**self.shift if self.shift else scales
 
     def codes(self) -> Tensor:
         """Return the unsigned codes (N, K) uint8 of the layer's layout."""

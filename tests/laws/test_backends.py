@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from hf_autoround import AutoRound, AutoRoundConfig
 from hf_autoround.backends import ALIASES, BACKENDS
 from hf_autoround.backends.base import missing
+from hf_autoround.backends.int4_order import measured_order
 from hf_autoround.backends.select import assign_backends, candidates, select_backend
 from hf_autoround.errors import MissingDependency, UnknownName, UnsupportedLayer
 from hf_autoround.layers.packed_linear import PackedLinear, dequantize_and_multiply
@@ -149,6 +150,15 @@ def test_a_refusal_is_the_end_of_a_sentence(backend):
         for device in (CPU, torch.device("cuda"), torch.device("meta")):
             reason = backend.refuse(layer, device)
             assert reason is None or (" " in reason and not reason.endswith("."))
+
+
+@pytest.mark.parametrize("rows", [16, 48, 64, 80, 560, 1088])
+def test_int4_codes_lie_as_torch_packs_them(rows):
+    codes = torch.randint(0, 16, (rows, 96), dtype=torch.uint8)
+    order = measured_order(rows)
+    packed = order.pack(codes)
+    assert torch.equal(packed, torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1))
+    assert torch.equal(order.unpack(packed), codes)
 
 
 def test_there_is_a_backend_for_every_layer():
