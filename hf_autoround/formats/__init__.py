@@ -40,10 +40,10 @@ def find_formats(names: str) -> list[Format]:
     return list(dict.fromkeys(found))
 
 
-def reasons_against(formats: Iterable[Format], site: WeightSite, scheme: Scheme) -> list[str]:
-    """Return every format's reason not to store a site, as sentences."""
-    reasons = [(target.name, target.refuse(site, scheme)) for target in formats]
-    return [f"{name} cannot store {site.name}: {reason}" for name, reason in reasons if reason]
+def reasons_against(formats: Iterable[Format], site: WeightSite, scheme: Scheme) -> dict[str, str]:
+    """Return the reasons not to store a site of those formats that have one, by format."""
+    reasons = {target.name: target.refuse(site, scheme) for target in formats}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def refuse_mixtures(formats: Iterable[Format], plan: QuantPlan) -> None:

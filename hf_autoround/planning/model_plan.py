@@ -26,7 +26,7 @@ def plan_model(
     layer_config: Mapping[str, Any] | str | None = None,
     ignore_layers: Iterable[str] = (),
     quant_lm_head: bool = False,
-    refuse: Refuse = lambda site, scheme: [],
+    refuse: Refuse = lambda site, scheme: {},
 ) -> QuantPlan:
     """Return the plan for a model (on the meta device is enough); `name` is what messages call it.
 

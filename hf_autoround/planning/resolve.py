@@ -13,7 +13,7 @@ from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.registry import suggest
 from hf_autoround.scheme import BF16, Scheme, SchemeLike, resolve_scheme
 
-Refuse = Callable[[WeightSite, Scheme], list[str]]
+Refuse = Callable[[WeightSite, Scheme], Mapping[str, str]]  # name of a format -> its reason
 
 
 def resolve_plan(
@@ -25,7 +25,7 @@ def resolve_plan(
     layer_config: Mapping[str, SchemeLike] | None = None,
     ignore_layers: Iterable[str] = (),
     keep_float: Iterable[str] = (),
-    refuse: Refuse = lambda site, scheme: [],
+    refuse: Refuse = lambda site, scheme: {},
 ) -> QuantPlan:
     """Return the plan for `sites` (those inside the blocks, and the head if it is to be quantized).
 
@@ -54,8 +54,8 @@ def resolve_plan(
             kept[site.name] = "it decides where tokens go"
         elif reasons := refuse(site, chosen):
             if named:
-                raise UnsupportedScheme("; ".join(reasons))
-            kept[site.name] = "; ".join(reasons)
+                raise UnsupportedScheme("; ".join(f"{name} cannot store {site.name}: {why}" for name, why in reasons.items()))
+            kept[site.name] = "; ".join(f"{name} cannot store it: {why}" for name, why in reasons.items())
         else:
             schemes[site.name] = chosen
     quantized = tuple(site for site in sites if site.name in schemes)

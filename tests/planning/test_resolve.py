@@ -58,10 +58,10 @@ def test_a_key_that_matches_nothing_names_near_ones(arguments):
 
 def test_what_formats_refuse_is_kept_or_an_error_if_it_was_named():
     def refuse(site, scheme):
-        return ["some_format cannot store it: it is odd"] if site.name.endswith("k_proj") else []
+        return {"some_format": "it is odd"} if site.name.endswith("k_proj") else {}
 
     assert plan(refuse=refuse).kept["model.layers.0.self_attn.k_proj"] == "some_format cannot store it: it is odd"
-    with pytest.raises(UnsupportedScheme, match="it is odd"):
+    with pytest.raises(UnsupportedScheme, match=r"some_format cannot store model\.layers\.0\.self_attn\.k_proj: it is odd"):
         plan(refuse=refuse, layer_config={"k_proj": "W8A16"})
 
 
