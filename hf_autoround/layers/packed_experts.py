@@ -93,5 +93,5 @@ def restore_fused_experts(experts: nn.Module, dtype: torch.dtype) -> None:
 
 
 def holds_packed_experts(module: nn.Module) -> bool:
-    """Return whether the children `<expert>.<name>` of a module are packed experts, read and never run."""
+    """Return whether the children `<expert>.<name>` of a module are packed experts."""
     return any(isinstance(value, PackedExpertWeights) for value in module.__dict__.values())
