@@ -29,7 +29,7 @@ from hf_autoround.models.loading import refuse_model_type
 from hf_autoround.planning.model_plan import plan_model
 from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.scheme import resolve_scheme
-from hf_autoround.streams.blocks import units
+from hf_autoround.streams.block_walk import units
 from hf_autoround.streams.shards import refuse_not_finite
 from hf_autoround.trainer.arguments import RoundingArguments
 from hf_autoround.trainer.trainer import RoundingTrainer

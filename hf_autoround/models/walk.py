@@ -141,7 +141,7 @@ def _capture(
 
     for row in tokens:
         seen: dict[tuple[int, int], bool] = {}
-        _walk(model, blocks, row[None].to(device), record, returns_tuple)
+        walk_through(model, blocks, row[None].to(device), record, returns_tuple)
     return Captured(torch.cat(firsts), arguments, returns_tuple)
 
 
@@ -157,7 +157,7 @@ def finish(
     """Return what the head receives, (N, T, H), for hidden states (N, T, H) that have been through all blocks."""
     outputs = []
     for row, finished in zip(tokens, hidden, strict=True):
-        result = _walk(
+        result = walk_through(
             model,
             blocks,
             row[None].to(device),
@@ -172,7 +172,7 @@ class _TakesFirst(Exception):
     """The model took the first element of what a block returned."""
 
 
-def _walk(model: PreTrainedModel, blocks: Sequence[nn.Module], row: Tensor, visit: Any, returns_tuple: bool) -> Any:
+def walk_through(model: PreTrainedModel, blocks: Sequence[nn.Module], row: Tensor, visit: Any, returns_tuple: bool) -> Any:
     """Run the model without its head, calling `visit(place, hidden, args, kwargs)` in place of each block."""
     visited: list[int] = []
 

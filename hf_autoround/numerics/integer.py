@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_autoround.numerics.quantized import QuantizedTensor
+from hf_autoround.numerics.quantized import QuantizedTensor, dequantize
 from hf_autoround.numerics.rounding import round_to_float16
 from hf_autoround.numerics.search import best_of_grid
 from hf_autoround.numerics.tunables import Tunables, learned
@@ -48,6 +48,7 @@ class Integer:
     """The data type `int`."""
 
     name = "int"
+    tunables = IntegerTunables
 
     def neutral(self, groups: Tensor, spec: TensorSpec) -> IntegerTunables:
         """Return the tunables of round to nearest: the scale covers the range of each group (..., G, S)."""
@@ -78,6 +79,11 @@ class Integer:
         if spec.symmetric:
             found.append(self.search(groups, spec, importance))
         return [*found, self._searched(groups, spec, None, signs=(1.0,)), self.neutral(groups, spec)]
+
+    def resumed(self, groups: Tensor, spec: TensorSpec, frozen: QuantizedTensor) -> IntegerTunables:
+        """Return the tunables that round `groups` to nearest with the scales of numbers that were frozen."""
+        zero_point = None if frozen.zero_point is None else frozen.zero_point.float()
+        return _tunables(groups, dequantize(frozen.scale), zero_point)
 
     def _searched(self, groups: Tensor, spec: TensorSpec, importance: Tensor | None, signs: tuple[float, ...]) -> IntegerTunables:
         neutral = self.neutral(groups, spec)

@@ -8,6 +8,7 @@ gradient's sign are SignRound. The function that applies them is the same.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -34,17 +35,24 @@ class Tunables:
         """Return which rate each learned tensor moves at."""
         return {part.name: part.metadata["rate"] for part in fields(self) if "rate" in part.metadata}
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by field name."""
+        every = {part.name: getattr(self, part.name) for part in fields(self)}
+        return {name: tensor for name, tensor in every.items() if tensor is not None}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Tunables:
+        """Return tunables with these tensors; what is not among them is None."""
+        return cls(**{part.name: tensors.get(part.name) for part in fields(cls)})
+
     def with_learned(self, tensors: dict[str, Tensor]) -> Tunables:
         """Return a copy with these tensors in place of its own."""
         return replace(self, **tensors)
 
     def where(self, chosen: Tensor, other: Tunables) -> Tunables:
         """Return a copy that takes from `other` the groups where `chosen` (..., G) is true."""
-        mask, taken = chosen.unsqueeze(-1), {}
-        for part in fields(self):
-            mine, theirs = getattr(self, part.name), getattr(other, part.name)
-            taken[part.name] = None if mine is None else torch.where(mask, theirs, mine)
-        return replace(self, **taken)
+        mask, theirs = chosen.unsqueeze(-1), other.tensors()
+        return replace(self, **{name: torch.where(mask, theirs[name], mine) for name, mine in self.tensors().items()})
 
     def clamp_(self) -> None:
         """Bring the learned tensors back into the range where they mean something, in place."""

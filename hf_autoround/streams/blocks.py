@@ -5,52 +5,22 @@ For each block: load it, compute the float model's outputs (targets), let the al
 that the already quantized blocks produce, store them in the journal, go on with the quantized block's outputs, drop it.
 A block that the journal already has is only run, not decided again. Several processes do this side by side, each with
 its share of the samples; the journal is the main one's.
-
-Shapes: N samples (of this process' share), T tokens, H hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hf_autoround.errors import CalibrationError, CheckpointError
-from hf_autoround.layers.fake_quantized_block import InputStatistics, watch_inputs
-from hf_autoround.layers.sites import oriented
-from hf_autoround.models.attention import use_chunked_attention
 from hf_autoround.models.blocks import ModelParts
-from hf_autoround.models.loading import LazyModel, evict, load_keys
-from hf_autoround.models.memory import release_memory
-from hf_autoround.models.placement import Placement
-from hf_autoround.models.processes import Processes
-from hf_autoround.models.walk import BlockArguments, BlockRunner, capture, finish
+from hf_autoround.models.loading import LazyModel
 from hf_autoround.planning.plan import QuantPlan
+from hf_autoround.streams.block_walk import BlockWalk, StreamSettings, units
 from hf_autoround.streams.journal import Journal
-from hf_autoround.streams.shards import refuse_not_finite
-from hf_autoround.streams.shares import share_of
-from hf_autoround.tuning import BlockAlgorithm, BlockResult, BlockTask, TunableWeight, TuningSettings
-
-
-@dataclass(frozen=True)
-class StreamSettings:
-    """How the blocks are walked: `nblocks` at a time, by which processes, on which devices, in which precision.
-
-    `quantized_inputs`: each block is decided on what the quantized blocks before it produce. `keep_on_cpu`: activations
-    wait in host memory. `amp`: matrix products in bfloat16 where the hardware has it.
-    """
-
-    nblocks: int = 1
-    seed: int = 42
-    placement: Placement = Placement(torch.device("cpu"))
-    processes: Processes = Processes()
-    quantized_inputs: bool = True
-    keep_on_cpu: bool = False
-    amp: bool = True
+from hf_autoround.tuning import BlockAlgorithm, BlockResult, TuningSettings
 
 
 class StreamEvents(Protocol):
@@ -60,24 +30,6 @@ class StreamEvents(Protocol):
     def step_ends(self, place: int, step: int, loss: float, lr: float) -> bool: ...
     def block_decided(self, place: int, unit: str, names: tuple[str, ...], result: BlockResult, rows: Any) -> dict[str, Any]: ...
     def block_ends(self, place: int, unit: str, record: Mapping[str, Any]) -> None: ...
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Consecutive blocks that are quantized together (or the head): the key of the journal, and their names."""
-
-    key: str
-    names: tuple[str, ...]
-
-
-def units(parts: ModelParts, plan: QuantPlan, nblocks: int) -> list[Unit]:
-    """Return what is quantized together, in order; the head comes last if the plan has it."""
-    names = parts.block_names
-    cuts = range(0, len(names), nblocks)
-    result = [Unit(f"block-{start:05d}", names[start : start + nblocks]) for start in cuts]
-    if parts.head is not None and parts.head in plan.schemes:
-        result.append(Unit("head", (parts.head,)))
-    return result
 
 
 def stream_blocks(
@@ -101,7 +53,7 @@ def stream_blocks(
         for place, unit in enumerate(all_units):
             events.block_ends(place, unit.key, done[unit.key])
         return
-    walk = _Walk(lazy, parts, plan, tokens, tuning, settings)
+    walk = BlockWalk(lazy, parts, plan, tokens, tuning.batch_size, settings)
     walk.begin()
     for place, unit in enumerate(all_units):
         finished = unit.key in done
@@ -119,210 +71,3 @@ def stream_blocks(
             if place + 1 < len(all_units):
                 walk.advance_quantized(runner, result)
         events.block_ends(place, unit.key, record)
-
-
-class _Walk:
-    """The two chains of activations, float and quantized, as they pass through the blocks."""
-
-    def __init__(
-        self,
-        lazy: LazyModel,
-        parts: ModelParts,
-        plan: QuantPlan,
-        tokens: Tensor,
-        tuning: TuningSettings,
-        settings: StreamSettings,
-    ) -> None:
-        self.lazy, self.parts, self.plan, self.settings = lazy, parts, plan, settings
-        self.processes, self.samples = settings.processes, len(tokens)
-        self.share = share_of(len(tokens), tuning.batch_size, self.processes)
-        self.tokens = tokens[self.share.own]
-        self.device = settings.placement.main
-        self.parameters = plan.parameters()
-        self.schemes = {name: scheme for name, (scheme, _) in self.parameters.items()}
-        self.stored = lazy.checkpoint.entries[lazy.keys_under(parts.block_names[0])[0]].dtype
-        self.dtype, self.autocast = compute_types(self.stored, self.device, settings.amp)
-        if self.device.type == "cpu" and torch.bfloat16 in (self.dtype, self.autocast):
-            use_chunked_attention(lazy.model)
-        self.blocks = [lazy.model.get_submodule(name) for name in parts.block_names]
-
-    def begin(self) -> None:
-        """Capture the inputs of the first block."""
-        with self.processes.together():
-            outside = self._load_outside()
-            captured = capture(self.lazy.model, self.blocks, self.tokens, self.device)
-            self._evict(outside)
-        self.returns_tuple = captured.returns_tuple
-        self.arguments = dict(zip(self.parts.block_names, captured.arguments, strict=True))
-        kept = torch.device("cpu") if self.settings.keep_on_cpu else self.device
-        self.float_inputs = self.inputs = captured.hidden.to(kept)
-
-    def resident(self, unit: Unit) -> _Resident:
-        """Load a unit for the duration of a `with`, and give the runner for it."""
-        return _Resident(self, unit)
-
-    def runner(self, unit: Unit) -> BlockRunner:
-        """Return the function that runs a unit; the head's inputs are the finished hidden states."""
-        blocks = tuple(self.lazy.model.get_submodule(name) for name in unit.names)
-        if unit.key == "head":
-            outside = self._load_outside()
-            self.float_inputs, self.inputs = (
-                finish(self.lazy.model, self.blocks, self.tokens, hidden, self.device, self.returns_tuple)
-                for hidden in (self.float_inputs, self.inputs)
-            )
-            self._evict(outside)
-            return BlockRunner(unit.names, blocks, (BlockArguments.none(),), self.device, self.autocast)
-        return BlockRunner(unit.names, blocks, tuple(self.arguments[name] for name in unit.names), self.device, self.autocast)
-
-    def advance_float(self, runner: BlockRunner, watch: bool) -> InputStatistics:
-        """Compute the float outputs, and what the weights see on the quantized chain."""
-        statistics = InputStatistics()
-        same = self.inputs is self.float_inputs
-        self.targets: Tensor | None = None
-        with self.processes.together():
-            if runner.names != (self.parts.head,):  # whose outputs are as wide as the vocabulary: computed when needed
-                if watch and same:
-                    outputs: list[Tensor] = []
-                    self._watch(runner, statistics, lambda output: outputs.append(output.to(self.inputs)))
-                    self.targets = torch.cat(outputs)
-                else:
-                    self.targets = runner.all(self.float_inputs, {}, self.share.batch_size)
-                if not torch.isfinite(self.targets).all():
-                    raise CalibrationError(
-                        f"the float model's outputs of {runner.names[-1]} hold NaN or infinity; "
-                        "its weights are damaged, or bfloat16 overflows: try disable_amp"
-                    )
-            if watch and not (same and self.targets is not None):
-                self._watch(runner, statistics, lambda output: None)
-        if self.targets is not None and not same and self.settings.quantized_inputs:
-            self.float_inputs = self.targets  # not needed any more: give the memory back
-        return statistics
-
-    @torch.no_grad()
-    def _watch(self, runner: BlockRunner, statistics: InputStatistics, take: Callable[[Tensor], None]) -> None:
-        """Run the quantized chain's inputs through the unit; `take` gets the outputs, batch by batch. What the weights see
-        in all processes' batches is added to `statistics` in the order of the samples."""
-        weights = {name: (tensor, transposed) for name, tensor, transposed in self._weights(runner)}
-        for indices in self.share.batches():
-            seen = InputStatistics()
-            if len(indices):
-                with watch_inputs(weights, seen):
-                    take(runner(self.inputs[indices], indices, {}))
-            for each in self.processes.gather(seen if self.processes.count == 1 else seen.on_cpu()):
-                statistics.add(each)
-
-    def task(self, place: int, runner: BlockRunner, statistics: InputStatistics) -> BlockTask:
-        """Return what the algorithm needs of a resident unit."""
-        inputs, float_inputs, targets, where = self.inputs, self.float_inputs, self.targets, self.share.place
-
-        def run(indices: Tensor, replaced: Mapping[str, Tensor]) -> Tensor:
-            return runner(inputs[where[indices]], where[indices], replaced)
-
-        def target(indices: Tensor) -> Tensor:
-            if targets is not None:
-                return targets[where[indices]].to(self.device)
-            with torch.no_grad():
-                return runner(float_inputs[where[indices]], where[indices], {})
-
-        weights = {
-            name: TunableWeight(tensor, transposed, self.schemes[name]) for name, tensor, transposed in self._weights(runner)
-        }
-        return BlockTask(
-            seed=self.settings.seed * 1_000_003 + place,
-            samples=self.samples,
-            weights=weights,
-            norms=self._norms(runner, weights),
-            stored_dtype=self.stored,
-            importance={
-                name: squares.to(weights[name].parameter.device, torch.float32) for name, squares in statistics.squares.items()
-            },
-            inputs={name: statistics.inputs(name) for name in statistics.squares},
-            run=run,
-            target=target,
-            share=self.share.of,
-            total=self.processes.total,
-        )
-
-    @torch.no_grad()
-    def advance_quantized(self, runner: BlockRunner, result: BlockResult) -> None:
-        """Move both chains behind the block."""
-        assert self.targets is not None
-        if self.settings.quantized_inputs:
-            weights = {name: tensor.to(self.device, self.dtype) for name, tensor in result.tuned.items()}
-            for name, tensor, transposed in self._weights(runner):
-                weights[name] = oriented(result.layers[name].weight(), transposed).to(tensor)
-            self.inputs = runner.all(self.inputs, weights, self.share.batch_size)
-            self.float_inputs = self.targets
-        else:
-            self.inputs = self.float_inputs = self.targets
-
-    def _weights(self, runner: BlockRunner) -> Iterator[tuple[str, Tensor, bool]]:
-        for name, (_, site) in self.parameters.items():
-            if name.startswith(tuple(f"{block}." for block in runner.names)):
-                yield name, self.lazy.model.get_parameter(name).detach(), site.transposed
-
-    def _norms(self, runner: BlockRunner, weights: Mapping[str, TunableWeight]) -> dict[str, Tensor]:
-        """Return the 1-D parameters of norms, and the biases of layers that are quantized."""
-        found = {}
-        for block_name, block in zip(runner.names, runner.blocks, strict=True):
-            for name, module in block.named_modules(prefix=block_name):
-                is_norm = type(module).__name__.endswith("Norm")
-                for leaf, parameter in module.named_parameters(prefix=name, recurse=False):
-                    if parameter.ndim == 1 and (is_norm or (leaf.endswith(".bias") and f"{name}.weight" in weights)):
-                        found[leaf] = parameter.detach()
-        return found
-
-    def _load_outside(self) -> list[nn.Module]:
-        """Load what lies outside of the blocks and the head."""
-        inside = tuple(f"{name}." for name in (*self.parts.block_names, *([self.parts.head] if self.parts.head else [])))
-        keys = [key for key, name in self.lazy.keys.items() if not name.startswith(inside)]
-        load_keys(self.lazy, keys, self.device, self.dtype)
-        for name, tensor in self.lazy.model.named_parameters():
-            if tensor.device.type == "meta" and not name.startswith(inside):
-                raise CheckpointError(f"{self.lazy.name} holds no tensor for {name}")
-        return [self.lazy.model]
-
-    def _evict(self, modules: list[nn.Module]) -> None:
-        for module in modules:
-            evict(module)
-        self.lazy.model.tie_weights()
-        release_memory()
-
-
-class _Resident:
-    def __init__(self, walk: _Walk, unit: Unit) -> None:
-        self.walk, self.unit = walk, unit
-
-    def __enter__(self) -> BlockRunner:
-        walk, lazy = self.walk, self.walk.lazy
-        with walk.processes.together():
-            runner = walk.runner(self.unit)
-            for name, block in zip(runner.names, runner.blocks, strict=True):
-                load_keys(lazy, lazy.keys_under(name), walk.device, walk.dtype)
-                for parameter, tensor in block.named_parameters(prefix=name):
-                    if tensor.device.type == "meta":
-                        raise CheckpointError(f"{lazy.name} holds no tensor for {parameter}")
-                    refuse_not_finite(parameter, tensor)
-                walk.settings.placement.spread(name, block)
-        self.blocks = runner.blocks
-        return runner
-
-    def __exit__(self, *error: object) -> None:
-        for block in self.blocks:
-            self.walk.settings.placement.gather(block)
-            evict(block)
-        release_memory()
-
-
-def compute_types(stored: torch.dtype, device: torch.device, amp: bool) -> tuple[torch.dtype, torch.dtype | None]:
-    """Return the dtype to load blocks in, and the one to autocast matrix products to (None: no autocast).
-
-    bfloat16 models are computed as they are, where the hardware multiplies bfloat16, and so are float64 models, which ask
-    for precision; everything else is loaded in float32 (float16 activations overflow) with products in bfloat16.
-    """
-    if stored == torch.float64:
-        return torch.float64, None
-    fast = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if not amp or not fast:
-        return torch.float32, None
-    return (torch.bfloat16, None) if stored == torch.bfloat16 else (torch.float32, torch.bfloat16)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hf_autoround.errors import OutputError, ResumeError
 from hf_autoround.layers.sites import QuantizedLayer
-from hf_autoround.numerics import QuantizedTensor
+from hf_autoround.numerics import QuantizedTensor, data_type
 from hf_autoround.scheme import Scheme
 from hf_autoround.tuning import BlockResult
 
@@ -62,6 +62,9 @@ class Journal:
             tensors[f"{name}:scale"] = layer.tensor.scale
             if layer.tensor.zero_point is not None:
                 tensors[f"{name}:zero_point"] = layer.tensor.zero_point
+        for name, tunables in result.tunables.items():
+            for part, tensor in tunables.tensors().items():
+                tensors[f"{name}:tunables.{part}"] = tensor
         tensors |= {f"{name}:tuned": tensor for name, tensor in result.tuned.items()}
         layers = {name: (layer.columns, layer.error) for name, layer in result.layers.items()}
         losses = {"loss_first": result.loss_first, "loss_best": result.loss_best, "best_step": result.best_step}
@@ -89,7 +92,13 @@ class Journal:
             for name, (columns, error) in json.loads(metadata["layers"]).items()
         }
         tuned = {key.removesuffix(":tuned"): tensor for key, tensor in tensors.items() if key.endswith(":tuned")}
-        return BlockResult(layers, tuned, **json.loads(metadata["losses"]))
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, part = key.partition(":tunables.")
+            if part:
+                found.setdefault(name, {})[part] = tensor
+        tunables = {name: data_type(spec).tunables.of(parts) for name, parts in found.items() if (spec := schemes[name].weight)}
+        return BlockResult(layers, tuned, tunables, **json.loads(metadata["losses"]))
 
     def record(self, unit: str) -> dict[str, Any]:
         """Return the record that a finished block was stored with."""

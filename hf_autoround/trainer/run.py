@@ -24,7 +24,7 @@ from hf_autoround.models.processes import Processes
 from hf_autoround.planning.model_plan import plan_model
 from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.scheme import resolve_scheme
-from hf_autoround.streams.blocks import StreamSettings
+from hf_autoround.streams.block_walk import StreamSettings
 from hf_autoround.streams.shards import SourceKey, source_keys
 from hf_autoround.streams.shares import share_of
 from hf_autoround.trainer.arguments import RoundingArguments

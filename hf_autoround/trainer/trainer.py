@@ -23,7 +23,8 @@ from hf_autoround.errors import AutoRoundError, MissingDependency
 from hf_autoround.formats.base import Format
 from hf_autoround.layers.sites import QuantizedLayer
 from hf_autoround.models.processes import join
-from hf_autoround.streams.blocks import stream_blocks, units
+from hf_autoround.streams.block_walk import units
+from hf_autoround.streams.blocks import stream_blocks
 from hf_autoround.streams.journal import Journal, digests, refuse_other_arguments
 from hf_autoround.streams.shards import FromJournal, Item, rounded, stream_checkpoint
 from hf_autoround.trainer.arguments import RoundingArguments

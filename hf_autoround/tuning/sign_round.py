@@ -8,13 +8,14 @@ weights may move too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from hf_autoround.numerics import Tunables
 from hf_autoround.tuning.opt_rtn import searched
+from hf_autoround.tuning.samples import batches, split
 from hf_autoround.tuning.task import BlockResult, BlockTask, OnStep, TuningSettings
 
 
@@ -22,13 +23,13 @@ def sign_round(task: BlockTask, settings: TuningSettings, on_step: OnStep) -> Bl
     """Tune one block; `on_step` may stop it early."""
     assert task.run is not None and task.target is not None
     state = _State(task, settings)
-    training, selection = _split(task.samples, settings.selection_samples)
+    training, selection = split(task.samples, settings.selection_samples)
     first = best = _error(task, state.replacements(), selection, settings.batch_size)
     kept, best_step = state.snapshot(), 0
-    batches = _batches(training, task.seed, settings)
+    order = batches(training, task.seed, settings.batch_size, settings.gradient_accumulate_steps)
     for step in range(settings.iters):
         rate = 1 - step / settings.iters
-        loss = state.step(next(batches), rate)
+        loss = state.step(next(order), rate)
         stop = on_step(step, loss, rate * state.lr)
         last = stop or step + 1 == settings.iters
         if last or (step + 1) % settings.selection_every == 0:
@@ -39,7 +40,7 @@ def sign_round(task: BlockTask, settings: TuningSettings, on_step: OnStep) -> Bl
             break
     tunables, tuned = kept
     layers = {name: weight.finished(tunables[name]) for name, weight in task.weights.items()}
-    return BlockResult(layers, tuned, first, best, best_step)
+    return BlockResult(layers, tuned, tunables if settings.keep_tunables else {}, first, best, best_step)
 
 
 class _State:
@@ -154,39 +155,3 @@ def _loss(task: BlockTask, weights: Mapping[str, Tensor], indices: Tensor) -> Te
 
 def _sum(task: BlockTask, share: float) -> float:
     return task.total(torch.tensor(share, dtype=torch.float64)).item()
-
-
-def _split(samples: int, count: int) -> tuple[Tensor, Tensor]:
-    """Return the samples to tune on and those to choose the best step on: `count` of them, an eighth at the most, spread
-    evenly. A handful of samples is too few to hold any out: then both are all of them."""
-    every = torch.arange(samples)
-    count = min(count, samples // 8)
-    if count == 0:
-        return every, every
-    held_out = torch.arange(count) * samples // count
-    return every[~torch.isin(every, held_out)], held_out
-
-
-def _batches(samples: Tensor, seed: int, settings: TuningSettings) -> Iterator[list[Tensor]]:
-    """Yield the micro-batches of each step for ever: shuffled passes over the samples, a function of the seed.
-
-    A step takes its samples from all over the set, as evenly as it goes: one from every batch_size, in turn. Samples are
-    shared out by the same batches, so each share has as much to do in every step.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    size = min(len(samples), settings.batch_size * settings.gradient_accumulate_steps)
-    micro = max(1, min(settings.batch_size, size))
-    while True:
-        order = _in_turn(samples[torch.randperm(len(samples), generator=generator)], settings.batch_size, size)
-        for start in range(0, len(order) - size + 1, size):
-            yield list(order[start : start + size].split(micro))
-
-
-def _in_turn(shuffled: Tensor, batch_size: int, size: int) -> Tensor:
-    """Return the samples ordered so that any `size` in a row come from different batches, numbered modulo `size`."""
-    stratum = shuffled // batch_size % size
-    turn = torch.zeros_like(stratum)
-    for each in stratum.unique():
-        members = stratum == each
-        turn[members] = torch.arange(int(members.sum()))
-    return shuffled[torch.argsort(turn * size + stratum)]

@@ -89,10 +89,14 @@ class BlockTask:
 
 @dataclass(frozen=True)
 class BlockResult:
-    """What became of a block: quantized parameters, float tensors that were tuned, and how its error fell."""
+    """What became of a block: quantized parameters, float tensors that were tuned, and how its error fell.
+
+    `tunables` are what the layers were made with, for who goes on tuning them.
+    """
 
     layers: dict[str, QuantizedLayer]
     tuned: dict[str, Tensor] = field(default_factory=dict)
+    tunables: dict[str, Tunables] = field(default_factory=dict)
     loss_first: float | None = None
     loss_best: float | None = None
     best_step: int | None = None
@@ -101,7 +105,7 @@ class BlockResult:
 @dataclass(frozen=True)
 class TuningSettings:
     """How tuning goes. Rates fall linearly to zero; None is 1 / iters for the rounding, and for the scales that times the
-    data type's `range_rate`. `norm_lr` is relative to the size of a norm's weights.
+    data type's `range_rate`. `norm_lr` is relative to the size of a norm's weights. `keep_tunables`: the result has them too.
     """
 
     iters: int = 200
@@ -116,6 +120,7 @@ class TuningSettings:
     enable_norm_bias_tuning: bool = True
     selection_samples: int = 16
     selection_every: int = 10
+    keep_tunables: bool = False
 
 
 OnStep = Callable[[int, float, float], bool]  # (step, loss of the batch, learning rate) -> stop?

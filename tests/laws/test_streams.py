@@ -19,7 +19,8 @@ from hf_autoround.models.blocks import find_sites, model_parts
 from hf_autoround.models.loading import open_model
 from hf_autoround.planning.resolve import resolve_plan
 from hf_autoround.scheme import integer_scheme
-from hf_autoround.streams.blocks import StreamSettings, stream_blocks, units
+from hf_autoround.streams.block_walk import StreamSettings, units
+from hf_autoround.streams.blocks import stream_blocks
 from hf_autoround.streams.journal import Journal
 from hf_autoround.streams.shards import FromJournal, rounded, source_keys, stream_checkpoint
 from hf_autoround.tuning import ALGORITHMS, TuningSettings

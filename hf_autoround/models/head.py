@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The end of a model: from what its last block returns to logits, by the model's own forward.
+
+The base model runs with blocks that return what they are given, so final norms are its own; the head runs with a base
+model that returns what it is given, so soft caps and logit scales are its own.
+
+Shapes: B samples, T tokens, H hidden size, R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from hf_autoround.models.walk import autocast, walk_through
+
+
+@dataclass
+class Head:
+    """Final norm and output head of a model whose parts outside of the blocks are loaded on `device`."""
+
+    model: PreTrainedModel
+    blocks: Sequence[nn.Module]
+    device: torch.device
+    autocast: torch.dtype | None = None
+    returns_tuple: bool = False
+    _returned: type = field(default=BaseModelOutputWithPast, init=False)
+
+    def finished(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Return what the head receives, (B, T, H), for the last block's hidden states (B, T, H); differentiable."""
+        last = len(self.blocks) - 1
+        with autocast(self.device, self.autocast):
+            output = walk_through(
+                self.model,
+                self.blocks,
+                tokens.to(self.device),
+                lambda place, state, args, kwargs: hidden if place == last else state,
+                self.returns_tuple,
+            )
+        self._returned = type(output)
+        return output.last_hidden_state
+
+    def logits(self, rows: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits (R, V) of finished hidden states (R, H), with `weights` in place of the model's own."""
+        base = self.model.base_model
+        output = self._returned(last_hidden_state=rows[None])
+        own = base.__dict__.get("forward")
+        base.forward = lambda *args, **kwargs: output
+        try:
+            with autocast(self.device, self.autocast):
+                token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+                return functional_call(self.model, dict(weights), kwargs={"input_ids": token, "use_cache": False}).logits[0]
+        finally:
+            del base.forward
+            if own is not None:
+                base.forward = own

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tuning end to end, set up: a teacher from one pass of the float model, every block's numbers on a shelf, a journal.
+
+The blocks' modules stay empty; each runs on the parameters it is given. What is on the shelf is on the device of the
+products (resident), or waits in mapped files and visits the device one block at a time, the next one fetched ahead
+(streamed). The arithmetic is the same, and so are the bits.
+
+Shapes: N samples (of this process' share), T tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, Protocol
+
+import psutil
+import torch
+from torch import Tensor
+
+from hf_autoround.errors import CalibrationError
+from hf_autoround.models.blocks import ModelParts
+from hf_autoround.models.head import Head
+from hf_autoround.models.loading import LazyModel, load_keys
+from hf_autoround.models.walk import BlockRunner
+from hf_autoround.planning.plan import QuantPlan
+from hf_autoround.streams.block_walk import BlockWalk, StreamSettings, Unit, units
+from hf_autoround.streams.end_to_end_journal import EndToEndJournal
+from hf_autoround.streams.journal import Journal
+from hf_autoround.streams.shelf import Shelf
+from hf_autoround.tuning import BlockResult, TunableWeight, teacher
+from hf_autoround.tuning.end_to_end import EndToEndSettings, EndToEndTask, LearnedBlock, Progress, end_to_end, first_state
+
+Residence = Literal["auto", "resident", "streamed"]
+
+
+class EndToEndEvents(Protocol):
+    """What the stage tells whoever watches. `log` is kept in checkpoints, so that a resumed run has the whole of it."""
+
+    log: list[dict[str, Any]]
+
+    def stage_begins(self, progress: Progress, residence: str) -> None: ...
+    def step_ends(self, step: int, loss: float, lr: float) -> bool: ...
+    def measured(self, progress: Progress, held_out: float) -> None: ...
+    def wants_checkpoint(self, step: int) -> bool: ...
+    def checkpoint_written(self, step: int) -> None: ...
+    def stage_ends(self, progress: Progress) -> None: ...
+
+
+def stream_end_to_end(
+    lazy: LazyModel,
+    parts: ModelParts,
+    plan: QuantPlan,
+    tokens: Tensor,
+    tuning: EndToEndSettings,
+    settings: StreamSettings,
+    nblocks: int,
+    residence: Residence,
+    journal: Journal,
+    events: EndToEndEvents,
+) -> Journal:
+    """Tune all blocks together from what the journal holds of them, and return the journal of the final numbers.
+
+    Raises CalibrationError if the float model's outputs are not finite.
+    """
+    record, main = EndToEndJournal(journal), settings.processes.from_main
+    over = main(record.finished)
+    if over is None:
+        with TemporaryDirectory() as elsewhere:
+            folder = journal.folder / "mapped" if settings.processes.main else Path(elsewhere)
+            stage = _Stage(lazy, parts, plan, tokens, tuning, settings, nblocks, residence, journal, events, folder)
+            over = stage.run(), events.log
+        main(partial(record.finish, *over))
+    else:
+        events.log[:] = over[1]
+    events.stage_ends(over[0])
+    return record.best(over[0].best_step)
+
+
+class _Stage:
+    """One run of the stage: builds the task and is its watcher."""
+
+    def __init__(
+        self,
+        lazy: LazyModel,
+        parts: ModelParts,
+        plan: QuantPlan,
+        tokens: Tensor,
+        tuning: EndToEndSettings,
+        settings: StreamSettings,
+        nblocks: int,
+        residence: Residence,
+        journal: Journal,
+        events: EndToEndEvents,
+        folder: Path,
+    ) -> None:
+        self.lazy, self.journal, self.events, self.tuning, self.settings = lazy, journal, events, tuning, settings
+        self.record = EndToEndJournal(journal)
+        self.walk = BlockWalk(lazy, parts, plan, tokens, tuning.batch_size, settings)
+        self.units = units(parts, plan, nblocks)
+        self.products = self.walk.autocast or self.walk.dtype
+        if residence == "auto":
+            residence = "resident" if self._fits() else "streamed"
+        self.residence = residence
+        self.shelf = Shelf(self.walk.device, folder if residence == "streamed" else None)
+        self.samples = Shelf(torch.device("cpu"), folder)
+
+    def run(self) -> Progress:
+        """Do the whole stage and return where it ended."""
+        main = self.settings.processes.from_main
+        latest = main(self.record.latest)
+        progress = Progress() if latest is None else latest[0]
+        if latest is not None:
+            self.events.log[:] = latest[1]
+        self.runners: list[BlockRunner] = []
+        self.blocks: list[LearnedBlock] = []
+        self._read_float_model()
+        if latest is not None:
+            for unit, block in zip(self.units, self.blocks, strict=True):
+                for name, tensor in main(partial(self.record.load, unit.key)).items():
+                    block.state[name].copy_(tensor)
+        self.events.stage_begins(progress, self.residence)
+        return end_to_end(self._task(), self.tuning, self, progress)
+
+    def step_ends(self, step: int, loss: float, lr: float) -> bool:
+        return self.events.step_ends(step, loss, lr)
+
+    def measured(self, progress: Progress, held_out: float) -> None:
+        if progress.best_step == progress.step:
+            results = ((unit.key, block.finished()) for unit, block in zip(self.units, self.blocks, strict=True))
+            self.settings.processes.from_main(partial(self.record.put_best, progress.step, results))
+        self.events.measured(progress, held_out)
+
+    def may_save(self, progress: Progress) -> None:
+        if self.events.wants_checkpoint(progress.step):
+            states = ((unit.key, block.state) for unit, block in zip(self.units, self.blocks, strict=True))
+            self.settings.processes.from_main(partial(self.record.save, progress, self.events.log, states))
+            self.events.checkpoint_written(progress.step)
+
+    def _read_float_model(self) -> None:
+        """Put every block on the shelf, and remember what the float model says."""
+        walk, lazy = self.walk, self.lazy
+        walk.begin()
+        self.inputs = self.samples.keep("inputs", {"hidden": walk.float_inputs})["hidden"]
+        hidden = walk.float_inputs
+        for unit in self.units:
+            if unit.key == "head":
+                continue
+            with walk.resident(unit) as runner:
+                self._shelve(unit, runner)
+                hidden = runner.all(hidden, {}, walk.share.batch_size)
+        if not torch.isfinite(hidden).all():
+            raise CalibrationError(
+                "the float model's outputs hold NaN or infinity; its weights are damaged, or bfloat16 overflows: try disable_amp"
+            )
+        walk.load_outside()
+        head_name = walk.parts.head
+        if head_name is not None:
+            load_keys(lazy, lazy.keys_under(head_name), walk.device, walk.dtype)
+        self.head = Head(lazy.model, walk.blocks, walk.device, walk.autocast, walk.returns_tuple)
+        size = {"hidden": (tuple(hidden.shape), self.products)}
+        self.teacher = self.samples.room("teacher", size)["hidden"]
+        for indices in torch.arange(len(hidden)).split(walk.share.batch_size):
+            with torch.no_grad():
+                self.teacher[indices] = self.head.finished(hidden[indices].to(walk.device), walk.tokens[indices]).to(self.teacher)
+        weights = {name: tensor.detach() for name, tensor in lazy.model.named_parameters(remove_duplicate=False)}
+        self.head_weights = {
+            name: tensor.to(self.products)
+            for name, tensor in weights.items()
+            if head_name is not None and name.startswith(f"{head_name}.")
+        }
+        if self.units[-1].key == "head":
+            runner = BlockRunner(self.units[-1].names, (lazy.model.get_submodule(self.units[-1].names[0]),), (), walk.device)
+            self._shelve(self.units[-1], runner)
+
+    @torch.no_grad()
+    def _shelve(self, unit: Unit, runner: BlockRunner) -> None:
+        """Put a loaded unit's parameters, and what the journal knows of it, on the shelf."""
+        walk = self.walk
+        result: BlockResult = self.settings.processes.from_main(partial(self.journal.get, unit.key, walk.schemes))
+        parameters = {
+            name: parameter.detach()
+            for block_name, block in zip(runner.names, runner.blocks, strict=True)
+            for name, parameter in block.named_parameters(prefix=block_name)
+        }
+        fixed = self.shelf.keep(f"{unit.key}-parameters", parameters)
+        weights = {
+            name: TunableWeight(fixed[name], transposed, walk.schemes[name]) for name, _, transposed in walk.weights(runner)
+        }
+        norms = walk.norms(runner, weights)
+        state = self.shelf.keep(f"{unit.key}-state", first_state(weights, norms, result))
+        others = {name: tensor for name, tensor in fixed.items() if name not in weights}
+        self.blocks.append(LearnedBlock(weights, others, tuple(norms), state, walk.stored, self.products))
+        if unit.key != "head":
+            self.runners.append(runner)
+
+    def _task(self) -> EndToEndTask:
+        walk, head = self.walk, self.head
+        where = walk.share.place
+        rows = max(16, (1 << 19 if walk.device.type == "cpu" else 1 << 26) // self.lazy.model.config.get_text_config().vocab_size)
+
+        def finished(hidden: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+            own = where[indices]
+            return head.finished(hidden, walk.tokens[own]), self.teacher[own].to(walk.device)
+
+        def logits(parameters: Mapping[str, Tensor]) -> teacher.Logits:
+            return lambda states: head.logits(states, {**self.head_weights, **parameters})
+
+        def measure(hidden: Tensor, indices: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+            mine, theirs = finished(hidden, indices)
+            return teacher.divergence(logits(parameters), logits({}), mine.flatten(0, 1), theirs.flatten(0, 1), rows)
+
+        def backward(hidden: Tensor, indices: Tensor, parameters: Mapping[str, Tensor], scale: float) -> tuple[Tensor, Tensor]:
+            leaf = hidden.requires_grad_()
+            mine, theirs = finished(leaf, indices)
+            kl, gradient = teacher.backward(
+                logits(parameters), logits({}), mine.detach().flatten(0, 1), theirs.flatten(0, 1), rows, scale
+            )
+            mine.backward(gradient.view_as(mine))
+            assert leaf.grad is not None
+            return kl, leaf.grad
+
+        def run(place: int, hidden: Tensor, indices: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+            return self.runners[place](hidden, where[indices], parameters)
+
+        return EndToEndTask(
+            seed=self.settings.seed * 1_000_003 + len(self.units),
+            samples=walk.samples,
+            tokens=walk.tokens.shape[1],
+            blocks=len(self.runners),
+            learns_head=self.units[-1].key == "head",
+            open=self._open,
+            inputs=lambda indices: self.inputs[where[indices]].to(walk.device),
+            run=run,
+            measure=measure,
+            backward=backward,
+            share=walk.share.of,
+            total=self.settings.processes.total,
+        )
+
+    @contextmanager
+    def _open(self, place: int, changes: bool) -> Iterator[LearnedBlock]:
+        block = self.blocks[place]
+        yield block
+
+    def _fits(self) -> bool:
+        """Say whether all blocks' weights, and half again for what is learned, have room on the device."""
+        needed = sum(entry.nbytes for key, entry in self.lazy.checkpoint.entries.items())
+        learned = sum(entry.nbytes // entry.dtype.itemsize for entry in self.lazy.checkpoint.entries.values()) * 3
+        if self.walk.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.walk.device)[0]
+        else:
+            free = psutil.virtual_memory().available
+        return needed + learned < free // 2

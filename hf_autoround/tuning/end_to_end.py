@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""End to end: the rounding of all blocks tuned together against the float model's predictions.
+
+A smaller error of a block's output is often not a better model; a smaller KL divergence of the predictions is. So the
+tunables of every block (the same that block tuning moves) follow the gradient of the KL divergence to the float model:
+rounding by its sign, scales and norms by Adam. Relatives: SignRound (https://arxiv.org/abs/2309.05516) for the step,
+EfficientQAT (https://arxiv.org/abs/2407.11062) for tuning end to end, there with the codes frozen.
+
+One block is open at a time, forward and then backward in reverse: only its inputs are kept between the two, and it is
+moved as soon as its own gradient is there, so gradients of two blocks never exist together.
+
+Shapes: B samples of a batch, T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from itertools import islice
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+from hf_autoround.numerics import Tunables
+from hf_autoround.tuning.samples import batches, split
+from hf_autoround.tuning.task import BlockResult, TunableWeight
+
+
+@dataclass(frozen=True)
+class EndToEndSettings:
+    """How the stage goes. Rates fall linearly to zero. `lr` None is 0.16 / sqrt(steps); `norm_lr` is relative to the size
+    of a norm's weights. Held-out samples choose the best of the steps that are multiples of `measure_every`.
+    """
+
+    steps: int = 250
+    batch_size: int = 8
+    gradient_accumulate_steps: int = 1
+    lr: float | None = None
+    range_lr: float = 5e-3
+    norm_lr: float = 3e-3
+    held_out: int = 16
+    measure_every: int = 25
+
+    @property
+    def rate(self) -> float:
+        """The rate of the rounding at the first step."""
+        return 0.16 / self.steps**0.5 if self.lr is None else self.lr
+
+
+@dataclass(frozen=True)
+class LearnedBlock:
+    """One block: its float parameters, and what is learned about them, which is changed in place.
+
+    `weights` are quantized, `fixed` are the other parameters. `state` holds, by `parameter:part`, the tensors of the
+    weights' tunables, float32 values of the `norms` (which ship as `stored_dtype`), and the two moments of what Adam moves.
+    Weights reach products as `product_dtype`.
+    """
+
+    weights: Mapping[str, TunableWeight]
+    fixed: Mapping[str, Tensor]
+    norms: tuple[str, ...]
+    state: Mapping[str, Tensor]
+    stored_dtype: torch.dtype
+    product_dtype: torch.dtype
+
+    @property
+    def learned(self) -> list[str]:
+        """The names of the parameters that tuning changes."""
+        return [*self.weights, *self.norms]
+
+    def tunables(self, name: str) -> Tunables:
+        """Return the tunables of a weight; their tensors are those of the state."""
+        kind = self.weights[name].data_type.tunables
+        parts = {part.name: self.state.get(f"{name}:{part.name}") for part in fields(kind)}
+        return kind.of({part: tensor for part, tensor in parts.items() if tensor is not None})
+
+    @torch.no_grad()
+    def replacements(self) -> dict[str, Tensor]:
+        """Return all parameters of the block as the quantized model has them, weights as products take them."""
+        values = dict(self.fixed)
+        for name, weight in self.weights.items():
+            values[name] = weight.fake_quantized(weight.groups(), self.tunables(name)).to(self.product_dtype)
+        return values | {name: self._shipped(name).to(self.fixed[name].dtype) for name in self.norms}
+
+    def finished(self) -> BlockResult:
+        """Return what ships."""
+        layers = {name: weight.finished(self.tunables(name)) for name, weight in self.weights.items()}
+        return BlockResult(layers, {name: self._shipped(name).clone() for name in self.norms})
+
+    def move(self, gradients: Mapping[str, Tensor], settings: EndToEndSettings, step: int) -> None:
+        """Do step number `step` (from 0) with these gradients of the `replacements`."""
+        fall = 1 - step / settings.steps
+        for name, weight in self.weights.items():
+            tunables = self.tunables(name)
+            live = {part: tensor.float().detach().requires_grad_() for part, tensor in tunables.learned().items()}
+            with torch.enable_grad():
+                values = weight.fake_quantized(weight.groups(), tunables.with_learned(live))
+            found = torch.autograd.grad(values, list(live.values()), gradients[name].to(values.dtype))
+            for part, gradient in zip(live, found, strict=True):
+                if tunables.rates()[part] == "rounding":
+                    rounding = self.state[f"{name}:{part}"]
+                    rounding.sub_(gradient.sign().to(rounding.dtype), alpha=settings.rate * fall)
+                else:
+                    self._adam(f"{name}:{part}", gradient, settings.range_lr * fall, step)
+            tunables.clamp_()
+        for name in self.norms:
+            size = max(self.fixed[name].float().square().mean().sqrt().item(), 1e-3)
+            self._adam(f"{name}:norm", gradients[name].float(), settings.norm_lr * size * fall, step)
+
+    def _adam(self, key: str, gradient: Tensor, lr: float, step: int) -> None:
+        adam(
+            [self.state[key]], [gradient], [self.state[f"{key}:first"]], [self.state[f"{key}:second"]], [],
+            [torch.tensor(float(step))],
+            amsgrad=False, beta1=0.9, beta2=0.95, lr=lr, weight_decay=0.0, eps=1e-8, maximize=False,
+        )  # fmt: skip
+
+    def _shipped(self, norm: str) -> Tensor:
+        return self.state[f"{norm}:norm"].to(self.stored_dtype)
+
+
+@torch.no_grad()
+def first_state(weights: Mapping[str, TunableWeight], norms: Mapping[str, Tensor], result: BlockResult) -> dict[str, Tensor]:
+    """Return the `state` of a block that begins with the result of the stage before; `norms` are the float model's.
+
+    Rounding is kept in float16, whose steps are fine enough (2^-12 at one half) and take half the memory.
+    """
+    state: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        begun = result.tunables.get(name) or weight.data_type.resumed(weight.groups(), weight.spec, result.layers[name].tensor)
+        rates = begun.rates()
+        for part, tensor in begun.tensors().items():
+            key = f"{name}:{part}"
+            state[key] = tensor.half() if rates.get(part) == "rounding" else tensor
+            if rates.get(part) == "range":
+                state |= {f"{key}:first": torch.zeros_like(tensor), f"{key}:second": torch.zeros_like(tensor)}
+    for name, norm in norms.items():
+        value = result.tuned.get(name, norm).float()
+        key = f"{name}:norm"
+        state |= {key: value, f"{key}:first": torch.zeros_like(value), f"{key}:second": torch.zeros_like(value)}
+    return state
+
+
+@dataclass(frozen=True)
+class EndToEndTask:
+    """A model as functions: `blocks` blocks in a row and a head.
+
+    `open(place)` gives the LearnedBlock at a place (the head's after the blocks, if `learns_head`) on the device of its
+    products, for the duration of a `with`; what was changed in it stays if `changes`. `inputs(samples)` are the first
+    block's inputs (B, T, H), `run(place, hidden, samples, parameters)` a block's outputs; `measure(hidden, samples,
+    head's parameters)` is the sum of the KL divergence over the samples' tokens, `backward` that and `scale` times its
+    gradient. `tokens` is T. Samples may be shared out as in BlockTask.
+    """
+
+    seed: int
+    samples: int
+    tokens: int
+    blocks: int
+    learns_head: bool
+    open: Callable[[int, bool], AbstractContextManager[LearnedBlock]]
+    inputs: Callable[[Tensor], Tensor]
+    run: Callable[[int, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+    measure: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+    backward: Callable[[Tensor, Tensor, Mapping[str, Tensor], float], tuple[Tensor, Tensor]]
+    share: Callable[[Tensor], Tensor] = lambda indices: indices
+    total: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the stage has come: steps done, the best held-out KL divergence per token so far and its step."""
+
+    step: int = 0
+    best: float = float("inf")
+    best_step: int = 0
+
+
+class EndToEndWatcher(Protocol):
+    """Who keeps what is found. Between steps the blocks hold the numbers of `progress.step`."""
+
+    def step_ends(self, step: int, loss: float, lr: float) -> bool: ...
+    def measured(self, progress: Progress, held_out: float) -> None: ...
+    def may_save(self, progress: Progress) -> None: ...
+
+
+def end_to_end(task: EndToEndTask, settings: EndToEndSettings, watcher: EndToEndWatcher, progress: Progress) -> Progress:
+    """Tune from `progress` on; the start is among the candidates. `measured` with `best_step` equal to `step` is told of
+    every new best. Return where it ended; the watcher may have stopped it early."""
+    training, held_out = split(task.samples, settings.held_out)
+    order = batches(training, task.seed, settings.batch_size, settings.gradient_accumulate_steps)
+    if progress.step == 0 and progress.best == float("inf"):
+        progress = _measured(task, settings, watcher, progress, held_out)
+    for step, micro_batches in enumerate(islice(order, progress.step, settings.steps), progress.step):
+        loss = _step(task, settings, micro_batches, step)
+        progress = Progress(step + 1, progress.best, progress.best_step)
+        stop = watcher.step_ends(step, loss, settings.rate * (1 - step / settings.steps))
+        last = stop or progress.step == settings.steps
+        if last or progress.step % settings.measure_every == 0:
+            progress = _measured(task, settings, watcher, progress, held_out)
+        if stop:
+            break
+        watcher.may_save(progress)
+    return progress
+
+
+def _measured(
+    task: EndToEndTask, settings: EndToEndSettings, watcher: EndToEndWatcher, progress: Progress, held_out: Tensor
+) -> Progress:
+    kl = _held_out(task, settings, held_out)
+    if kl < progress.best:  # false for NaN
+        progress = Progress(progress.step, kl, progress.step)
+    watcher.measured(progress, kl)
+    return progress
+
+
+def _step(task: EndToEndTask, settings: EndToEndSettings, micro_batches: list[Tensor], step: int) -> float:
+    """Move every block once; return the training KL divergence per token before it."""
+    own = [indices for indices in map(task.share, micro_batches) if len(indices)]
+    scale = 1 / (sum(map(len, micro_batches)) * task.tokens)
+    hidden = [task.inputs(indices) for indices in own]
+    entering = []
+    for place in range(task.blocks):
+        entering.append(hidden)
+        if place + 1 < task.blocks:  # the last block's outputs are computed below, where their gradients are
+            with task.open(place, False) as block, torch.no_grad():
+                parameters = block.replacements()
+                hidden = [task.run(place, state, indices, parameters) for state, indices in zip(hidden, own, strict=True)]
+    loss = torch.zeros((), dtype=torch.float64)
+    gradients: list[Tensor] = []
+    for place in reversed(range(task.blocks)):
+        last = place + 1 == task.blocks
+        head = task.open(task.blocks, True) if last and task.learns_head else nullcontext()
+        with task.open(place, True) as block, head as head_block:
+            parameters, head_parameters = _leaves(block), {} if head_block is None else _leaves(head_block)
+            inputs = [state.detach().requires_grad_(place > 0) for state in entering.pop()]
+            for number, (state, indices) in enumerate(zip(inputs, own, strict=True)):
+                output = task.run(place, state, indices, parameters)
+                if last:
+                    kl, gradient = task.backward(output.detach(), indices, head_parameters, scale)
+                    loss += kl.cpu()
+                else:
+                    gradient = gradients[number]
+                output.backward(gradient)
+            gradients = [state.grad for state in inputs if state.grad is not None]
+            _move(task, settings, block, parameters, step)
+            if head_block is not None:
+                _move(task, settings, head_block, head_parameters, step)
+    return (task.total(loss) * scale).item()
+
+
+def _leaves(block: LearnedBlock) -> dict[str, Tensor]:
+    """Return the block's parameters as the quantized model has them; those that are learned take gradients."""
+    parameters = block.replacements()
+    for name in block.learned:
+        parameters[name].requires_grad_()
+    return parameters
+
+
+def _move(task: EndToEndTask, settings: EndToEndSettings, block: LearnedBlock, leaves: Mapping[str, Tensor], step: int) -> None:
+    gradients = {}
+    for name in block.learned:
+        own = leaves[name].grad
+        gradients[name] = task.total(torch.zeros_like(leaves[name]) if own is None else own)
+    block.move(gradients, settings, step)
+
+
+@torch.no_grad()
+def _held_out(task: EndToEndTask, settings: EndToEndSettings, samples: Tensor) -> float:
+    """Return the KL divergence per token on some samples."""
+    own = [indices for indices in task.share(samples).split(settings.batch_size) if len(indices)]
+    hidden = [task.inputs(indices) for indices in own]
+    for place in range(task.blocks):
+        with task.open(place, False) as block:
+            parameters = block.replacements()
+            hidden = [task.run(place, state, indices, parameters) for state, indices in zip(hidden, own, strict=True)]
+    total = torch.zeros((), dtype=torch.float64)
+    parameters = {}
+    if task.learns_head:
+        with task.open(task.blocks, False) as head:
+            parameters = head.replacements()
+    for state, indices in zip(hidden, own, strict=True):
+        total += task.measure(state, indices, parameters).cpu()
+    return task.total(total).item() / (len(samples) * task.tokens)
