@@ -24,7 +24,8 @@ _EPILOG = """commands:
   hf-autoround demo                                             train a tiny model, quantize it, compare
 
 recipes: hf-autoround, hf-autoround-best (5 times the steps), hf-autoround-light (a quarter of them),
-  hf-autoround-opt-rtn (scales searched, nothing tuned), hf-autoround-rtn (round to nearest, no data)"""
+  hf-autoround-opt-rtn (scales searched, nothing tuned), hf-autoround-rtn (round to nearest, no data),
+  hf-autoround-e2e (all blocks tuned together against the float model's predictions), -e2e-light, -e2e-best"""
 
 
 def main(arguments: Sequence[str] | None = None, recipe: str = "default") -> int:
@@ -60,6 +61,21 @@ def best() -> int:
 def light() -> int:
     """Run `hf-autoround-light`."""
     return main(recipe="light")
+
+
+def e2e() -> int:
+    """Run `hf-autoround-e2e`."""
+    return main(recipe="e2e")
+
+
+def e2e_best() -> int:
+    """Run `hf-autoround-e2e-best`."""
+    return main(recipe="e2e-best")
+
+
+def e2e_light() -> int:
+    """Run `hf-autoround-e2e-light`."""
+    return main(recipe="e2e-light")
 
 
 def opt_rtn() -> int:

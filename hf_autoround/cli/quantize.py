@@ -25,7 +25,8 @@ _GROUPS = {
         "iters", "disable_opt_rtn", "lr", "minmax_lr", "momentum", "enable_adam", "enable_minmax_tuning",
         "enable_norm_bias_tuning", "enable_quanted_input", "nblocks", "batch_size", "gradient_accumulate_steps", "seed",
     ),
-    "calibration data": ("dataset", "nsamples", "seqlen"),
+    "tuning end to end": ("end_to_end_steps", "end_to_end_lr", "residence", "save_steps"),
+    "calibration data": ("dataset", "nsamples", "self_samples", "seqlen"),
     "machine": ("device_map", "low_gpu_mem_usage", "disable_amp", "trust_remote_code"),
     "watching": ("logging_steps", "report_to", "run_name", "disable_tqdm"),
 }  # fmt: skip

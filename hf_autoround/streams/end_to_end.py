@@ -10,8 +10,8 @@ Shapes: N samples (of this process' share), T tokens, H hidden size, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,6 +31,7 @@ from hf_autoround.streams.block_walk import BlockWalk, StreamSettings, Unit, uni
 from hf_autoround.streams.end_to_end_journal import EndToEndJournal
 from hf_autoround.streams.journal import Journal
 from hf_autoround.streams.shelf import Shelf
+from hf_autoround.streams.visits import Visits
 from hf_autoround.tuning import BlockResult, TunableWeight, teacher
 from hf_autoround.tuning.end_to_end import EndToEndSettings, EndToEndTask, LearnedBlock, Progress, end_to_end, first_state
 
@@ -190,7 +191,7 @@ class _Stage:
         weights = {
             name: TunableWeight(fixed[name], transposed, walk.schemes[name]) for name, _, transposed in walk.weights(runner)
         }
-        norms = walk.norms(runner, weights)
+        norms = walk.norms(runner, weights) if self.tuning.tunes_norms else {}
         state = self.shelf.keep(f"{unit.key}-state", first_state(weights, norms, result))
         others = {name: tensor for name, tensor in fixed.items() if name not in weights}
         self.blocks.append(LearnedBlock(weights, others, tuple(norms), state, walk.stored, self.products))
@@ -226,13 +227,19 @@ class _Stage:
         def run(place: int, hidden: Tensor, indices: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
             return self.runners[place](hidden, where[indices], parameters)
 
+        def stay(place: int, changes: bool) -> AbstractContextManager[LearnedBlock]:
+            return nullcontext(self.blocks[place])
+
+        # mapped files are memory as good as any other for a CPU
+        travels = self.residence == "streamed" and walk.device.type != "cpu"
+        open_block = Visits(self.blocks, walk.device).open if travels else stay
         return EndToEndTask(
             seed=self.settings.seed * 1_000_003 + len(self.units),
             samples=walk.samples,
             tokens=walk.tokens.shape[1],
             blocks=len(self.runners),
             learns_head=self.units[-1].key == "head",
-            open=self._open,
+            open=open_block,
             inputs=lambda indices: self.inputs[where[indices]].to(walk.device),
             run=run,
             measure=measure,
@@ -240,11 +247,6 @@ class _Stage:
             share=walk.share.of,
             total=self.settings.processes.total,
         )
-
-    @contextmanager
-    def _open(self, place: int, changes: bool) -> Iterator[LearnedBlock]:
-        block = self.blocks[place]
-        yield block
 
     def _fits(self) -> bool:
         """Say whether all blocks' weights, and half again for what is learned, have room on the device."""

@@ -12,13 +12,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from hf_autoround.errors import AutoRoundError, UnknownName
 from hf_autoround.registry import suggest
 
 if TYPE_CHECKING:
     from hf_autoround.tuning import TuningSettings
+    from hf_autoround.tuning.end_to_end import EndToEndSettings
 
 # iters, samples, length: what the recipes of the auto-round tool ask for. The learning rate is 1 / iters.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -26,10 +27,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     "best": {"iters": 1000, "nsamples": 512, "seqlen": 2048},
     "light": {"iters": 50, "nsamples": 128, "seqlen": 2048},
     "opt-rtn": {"iters": 0, "nsamples": 128, "seqlen": 2048},
+    "e2e": {"iters": 0, "end_to_end_steps": 250, "self_samples": 256, "nsamples": 128, "seqlen": 2048},
+    "e2e-light": {"iters": 0, "end_to_end_steps": 50, "nsamples": 128, "seqlen": 2048},
+    "e2e-best": {"iters": 0, "end_to_end_steps": 1000, "self_samples": 1024, "nsamples": 128, "seqlen": 2048},
     "rtn": {"iters": 0, "nsamples": 128, "seqlen": 2048, "disable_opt_rtn": True},
 }
 
 Algorithm = Literal["sign_round", "opt_rtn", "rtn"]
+Residence = Literal["auto", "resident", "streamed"]
 
 
 def _help(text: str, **default: Any) -> Any:
@@ -72,10 +77,22 @@ class RoundingArguments:
     batch_size: int = _help("Samples per step.", default=8)
     gradient_accumulate_steps: int = _help("Batches per step.", default=1)
 
+    end_to_end_steps: int = _help(
+        "Steps on all blocks together, towards the float model's predictions, after the blocks' own; 0 for none.", default=0
+    )
+    end_to_end_lr: float | None = _help("Rate of the rounding there, default 0.16 / sqrt(end_to_end_steps).", default=None)
+    residence: Residence = _help(
+        "Where all blocks are kept for it: resident (on the device), streamed (mapped files, one block on the device), or "
+        "auto: what fits.",
+        default="auto",
+    )
+    save_steps: int = _help("Keep an unfinished end to end run on disk every so many steps.", default=50)
+
     dataset: str | None = _help(
         "Calibration data: a Hub name, a text, json, jsonl or parquet file, or pydoc; default NeelNanda/pile-10k.", default=None
     )
     nsamples: int = _help("Calibration samples.", default=128)
+    self_samples: int = _help("Samples besides that the float model itself writes, for end to end tuning.", default=0)
     seqlen: int = _help("Tokens of a sample.", default=2048)
     seed: int = _help("Seed of the order of samples.", default=42)
 
@@ -97,7 +114,6 @@ class RoundingArguments:
     logging_strategy: Any = field(default="steps", init=False)
     logging_first_step: bool = field(default=False, init=False)
     save_strategy: Any = field(default="epoch", init=False)
-    save_steps: float = field(default=0, init=False)
     save_total_limit: int | None = field(default=None, init=False)
     eval_strategy: Any = field(default="no", init=False)
     eval_steps: float | None = field(default=None, init=False)
@@ -122,15 +138,21 @@ class RoundingArguments:
             ("batch_size", 1),
             ("gradient_accumulate_steps", 1),
             ("nsamples", 1),
+            ("self_samples", 0),
+            ("end_to_end_steps", 0),
+            ("save_steps", 0),
             ("seed", 0),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise AutoRoundError(f"{name}={value!r}: it has to be a whole number, {least} or more")
-        for name in ("lr", "minmax_lr"):
+        for name in ("lr", "minmax_lr", "end_to_end_lr"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise AutoRoundError(f"{name}={value!r}: a rate has to be above 0; leave it out for the default")
+        if self.residence not in get_args(Residence):
+            near = suggest(str(self.residence), get_args(Residence))
+            raise UnknownName(f"residence={self.residence!r}: it is {', '.join(get_args(Residence))}{near}")
         if not 0 <= self.momentum < 1:
             raise AutoRoundError(f"momentum={self.momentum!r}: it has to be from 0 to below 1")
 
@@ -155,6 +177,20 @@ class RoundingArguments:
             enable_adam=self.enable_adam,
             enable_minmax_tuning=self.enable_minmax_tuning,
             enable_norm_bias_tuning=self.enable_norm_bias_tuning,
+            keep_tunables=self.end_to_end_steps > 0,
+        )
+
+    def end_to_end(self) -> EndToEndSettings:
+        """Return what the end to end stage needs to know."""
+        from hf_autoround.tuning.end_to_end import EndToEndSettings
+
+        return EndToEndSettings(
+            steps=self.end_to_end_steps,
+            batch_size=self.batch_size,
+            gradient_accumulate_steps=self.gradient_accumulate_steps,
+            lr=self.end_to_end_lr,
+            tunes_range=self.enable_minmax_tuning,
+            tunes_norms=self.enable_norm_bias_tuning,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -71,6 +71,7 @@ class Run:
             for name in (
                 "iters", "lr", "minmax_lr", "momentum", "enable_adam", "enable_minmax_tuning", "enable_norm_bias_tuning",
                 "enable_quanted_input", "disable_opt_rtn", "nblocks", "batch_size", "gradient_accumulate_steps",
+                "end_to_end_steps", "end_to_end_lr",
             )
         }  # fmt: skip
         return {

@@ -25,10 +25,12 @@ from hf_autoround.layers.sites import QuantizedLayer
 from hf_autoround.models.processes import join
 from hf_autoround.streams.block_walk import units
 from hf_autoround.streams.blocks import stream_blocks
+from hf_autoround.streams.end_to_end import stream_end_to_end
 from hf_autoround.streams.journal import Journal, digests, refuse_other_arguments
 from hf_autoround.streams.shards import FromJournal, Item, rounded, stream_checkpoint
 from hf_autoround.trainer.arguments import RoundingArguments
 from hf_autoround.trainer.callbacks import BlockLines, RoundingProgress
+from hf_autoround.trainer.end_to_end_events import EndToEndTrainerEvents
 from hf_autoround.trainer.events import TrainerEvents, TrainingStopped
 from hf_autoround.trainer.model_card import model_card
 from hf_autoround.trainer.output import OutputFolder, copy_companions
@@ -103,24 +105,39 @@ class RoundingTrainer:
         return self.run
 
     def quantize(self, resume: bool = False) -> Journal:
-        """Bring every block into the journal (plain round to nearest has nothing to keep there)."""
+        """Bring every block into the journal, and return the one that has the final numbers.
+
+        Plain round to nearest has nothing to keep there.
+        """
         run = self.prepare()
         journal = self.processes.from_main(lambda: self._open_journal(run, resume))
         steps_per_block = self.args.iters or 1
         all_units = units(run.parts, run.plan, self.args.nblocks)
-        self.state.max_steps = steps_per_block * len(all_units) if run.streams_blocks else len(run.plan.sites)
-        self.state.num_train_epochs = len(all_units)
+        block_steps, whole_steps = steps_per_block * len(all_units), self.args.end_to_end_steps
+        self.state.max_steps = block_steps + whole_steps if run.streams_blocks else len(run.plan.sites)
+        self.state.num_train_epochs = len(all_units) + (whole_steps > 0)
         self.state.train_batch_size = self.args.batch_size
         self.state.compute_steps(self.args, self.state.max_steps)
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         if run.streams_blocks:
             assert run.data is not None
             algorithm = ALGORITHMS[self.args.algorithm]
-            events = TrainerEvents(self, run.plan, steps_per_block, len(all_units))
+            tokens = run.data.tokens
+            events = TrainerEvents(self, run.plan, steps_per_block, self.state.num_train_epochs)
+            source = (run.lazy, run.parts, run.plan)
             try:
-                stream_blocks(
-                    run.lazy, run.parts, run.plan, run.data.tokens, algorithm, self.args.tuning(), run.settings, journal, events
-                )
+                stream_blocks(*source, tokens[: self.args.nsamples], algorithm, self.args.tuning(), run.settings, journal, events)
+                if whole_steps:
+                    journal = stream_end_to_end(
+                        *source,
+                        tokens,
+                        self.args.end_to_end(),
+                        run.settings,
+                        self.args.nblocks,
+                        "streamed" if self.args.low_gpu_mem_usage else self.args.residence,
+                        journal,
+                        EndToEndTrainerEvents(self, whole_steps, block_steps, len(all_units)),
+                    )
             except TrainingStopped as stopped:
                 raise AutoRoundError(
                     f"stopped by a callback after {stopped}; what is finished is kept in {run.output.folder}: resume to go on"
@@ -177,6 +194,8 @@ class RoundingTrainer:
         if args.algorithm == "sign_round":
             keys = ("iters", "lr", "minmax_lr", "batch_size", "gradient_accumulate_steps", "nblocks", "enable_norm_bias_tuning")
             recipe |= {key: getattr(args, key) for key in keys if getattr(args, key) not in (None, False)}
+        if args.end_to_end_steps:
+            recipe |= {"end_to_end_steps": args.end_to_end_steps, "end_to_end_lr": args.end_to_end().rate}
         if run.data is not None:
             recipe["seed"] = args.seed
         packed = target.config(run.plan, {}) is not None
@@ -219,7 +238,7 @@ class RoundingTrainer:
     def _complete(self, run: Run, journal: Journal) -> None:
         self.write(run.output, journal)
         run.output.finish(self._final_state())
-        journal.remove()
+        Journal(run.output.journal, {}).remove()
 
     def _refuse_unfinished(self, run: Run) -> None:
         if run.output.finished() is None:

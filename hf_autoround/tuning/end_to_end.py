@@ -41,6 +41,8 @@ class EndToEndSettings:
     lr: float | None = None
     range_lr: float = 5e-3
     norm_lr: float = 3e-3
+    tunes_range: bool = True
+    tunes_norms: bool = True
     held_out: int = 16
     measure_every: int = 25
 
@@ -103,7 +105,7 @@ class LearnedBlock:
                 if tunables.rates()[part] == "rounding":
                     rounding = self.state[f"{name}:{part}"]
                     rounding.sub_(gradient.sign().to(rounding.dtype), alpha=settings.rate * fall)
-                else:
+                elif settings.tunes_range:
                     self._adam(f"{name}:{part}", gradient, settings.range_lr * fall, step)
             tunables.clamp_()
         for name in self.norms:
