@@ -100,6 +100,12 @@ class Journal:
         tunables = {name: data_type(spec).tunables.of(parts) for name, parts in found.items() if (spec := schemes[name].weight)}
         return BlockResult(layers, tuned, tunables, **json.loads(metadata["losses"]))
 
+    def errors(self, unit: str) -> dict[str, float]:
+        """Return the relative error of each parameter of a finished block, by layer name."""
+        with safe_open(self._path(unit), framework="pt") as handle:
+            layers = json.loads(handle.metadata()["layers"])
+        return {name.removesuffix(".weight"): round(error, 5) for name, (_, error) in layers.items()}
+
     def record(self, unit: str) -> dict[str, Any]:
         """Return the record that a finished block was stored with."""
         with safe_open(self._path(unit), framework="pt") as handle:

@@ -21,13 +21,11 @@ class EndToEndTrainerEvents:
         self.steps_before, self.epochs_before = steps_before, epochs_before
         self.log: list[dict[str, Any]] = []
         self.loss: float | None = None
-        self.first: float | None = None
         self.started = time.time()
 
     def stage_begins(self, progress: Progress, residence: str) -> None:
         """The float model has been read; steps follow."""
         self.started = time.time()
-        self.first = next((entry["held_out_kl"] for entry in self.log if "held_out_kl" in entry), None)
         self._at(progress.step)
         self._call("on_epoch_begin", block=f"end to end ({residence})")
 
@@ -38,14 +36,12 @@ class EndToEndTrainerEvents:
         self._call("on_step_end", loss=loss)
         logging_steps = self.trainer.args.logging_steps
         if logging_steps and (step + 1) % max(1, int(logging_steps)) == 0:
-            self._say(
-                {"loss": loss, "learning_rate": lr, "epoch": self.trainer.state.epoch, "step": self.trainer.state.global_step}
-            )
+            state = self.trainer.state
+            self._say({"loss": loss, "learning_rate": lr, "epoch": state.epoch, "step": state.global_step})
         return self.trainer.processes.any(self.trainer.control.should_epoch_stop)
 
     def measured(self, progress: Progress, held_out: float) -> None:
         """The held-out KL divergence after some steps is known."""
-        self.first = held_out if self.first is None else self.first
         entry = {"end_to_end_step": progress.step, "held_out_kl": held_out, "best_step": progress.best_step}
         if self.loss is not None:
             entry["training_kl"] = self.loss

@@ -32,9 +32,10 @@ def model_card(
     records: Sequence[Mapping[str, Any]],
     errors: Mapping[str, float],
     packed: bool,
+    plot: str | None = None,
 ) -> str:
-    """Return README.md. `records` are the blocks' log entries, `errors` each layer's relative error, `data` says what the
-    blocks were calibrated on."""
+    """Return README.md. `records` are log entries, `errors` each layer's relative error, `data` says what the blocks were
+    calibrated on, `plot` is the file beside it with the curves of tuning end to end."""
     name = Path(source).name
     metadata = ModelCardData(
         base_model=source if _on_hub(source) else None,
@@ -57,6 +58,7 @@ def model_card(
         "",
         *([_USE, ""] if packed else []),
         *_block_errors(records),
+        *_end_to_end(records, plot),
         *_layer_errors(errors),
     ]
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(lines).rstrip() + "\n"))
@@ -90,6 +92,20 @@ def _block_errors(records: Sequence[Mapping[str, Any]]) -> list[str]:
             f"| {row['block']} | {row['layers']} | {row['loss_first']:.3e} | {row['loss_best']:.3e} | {row['best_step']} |"
             for row in rows
         ),
+    ]
+
+
+def _end_to_end(records: Sequence[Mapping[str, Any]], plot: str | None) -> list[str]:
+    rows = [record for record in records if "held_out_kl" in record]
+    if not rows:
+        return []
+    best = next(row for row in reversed(rows) if row["end_to_end_step"] == rows[-1]["best_step"])
+    return [
+        "",
+        f"All blocks were then tuned together towards the float model's predictions. KL divergence to them per token, on "
+        f"samples that were held out: {rows[0]['held_out_kl']:.4f} before, {best['held_out_kl']:.4f} after step "
+        f"{best['end_to_end_step']}, the one that was kept.",
+        *(["", f"![KL divergence over steps]({plot})"] if plot else []),
     ]
 
 

@@ -23,13 +23,14 @@ from hf_autoround.errors import AutoRoundError, MissingDependency
 from hf_autoround.formats.base import Format
 from hf_autoround.layers.sites import QuantizedLayer
 from hf_autoround.models.processes import join
-from hf_autoround.streams.block_walk import units
+from hf_autoround.streams.block_walk import Unit, units
 from hf_autoround.streams.blocks import stream_blocks
 from hf_autoround.streams.end_to_end import stream_end_to_end
 from hf_autoround.streams.journal import Journal, digests, refuse_other_arguments
 from hf_autoround.streams.shards import FromJournal, Item, rounded, stream_checkpoint
 from hf_autoround.trainer.arguments import RoundingArguments
 from hf_autoround.trainer.callbacks import BlockLines, RoundingProgress
+from hf_autoround.trainer.divergence_plot import plot_divergence
 from hf_autoround.trainer.end_to_end_events import EndToEndTrainerEvents
 from hf_autoround.trainer.events import TrainerEvents, TrainingStopped
 from hf_autoround.trainer.model_card import model_card
@@ -112,7 +113,7 @@ class RoundingTrainer:
         run = self.prepare()
         journal = self.processes.from_main(lambda: self._open_journal(run, resume))
         steps_per_block = self.args.iters or 1
-        all_units = units(run.parts, run.plan, self.args.nblocks)
+        all_units = self._units(run)
         block_steps, whole_steps = steps_per_block * len(all_units), self.args.end_to_end_steps
         self.state.max_steps = block_steps + whole_steps if run.streams_blocks else len(run.plan.sites)
         self.state.num_train_epochs = len(all_units) + (whole_steps > 0)
@@ -150,8 +151,11 @@ class RoundingTrainer:
 
         def companions(folder: Path, target: Format) -> None:
             copy_companions(run.lazy, folder, run.tokenizer_to_save(self.processing_class))
-            (folder / "README.md").write_text(self.create_model_card(target), encoding="utf-8")
+            plot = plot_divergence(self.state.log_history, folder)
+            (folder / "README.md").write_text(self.create_model_card(target, plot), encoding="utf-8")
 
+        if self.args.end_to_end_steps:
+            self.errors = {name: error for unit in self._units(run) for name, error in journal.errors(unit.key).items()}
         output.write(run.lazy, run.plan, run.keys, self._items(run, journal), run.max_shard_size, companions)
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
@@ -186,8 +190,8 @@ class RoundingTrainer:
             reason = str(error).strip().splitlines()[0]
             raise AutoRoundError(f"cannot upload to {name}: {reason}. The model is whole in {run.output.folder}") from error
 
-    def create_model_card(self, target: Format) -> str:
-        """Return the README.md of a checkpoint in this format."""
+    def create_model_card(self, target: Format, plot: str | None = None) -> str:
+        """Return the README.md of a checkpoint in this format; `plot` is a picture beside it."""
         run = self.prepare()
         args = self.args
         recipe: dict[str, Any] = {"algorithm": args.algorithm}
@@ -201,7 +205,7 @@ class RoundingTrainer:
         packed = target.config(run.plan, {}) is not None
         data, history = run.data.description if run.data else None, self.state.log_history
         errors = self.errors or {name: error for entry in history for name, error in entry.get("errors", {}).items()}
-        return model_card(run.lazy.name, run.plan, recipe, data, history, errors, packed)
+        return model_card(run.lazy.name, run.plan, recipe, data, history, errors, packed, plot)
 
     def log(self, logs: Mapping[str, Any], **kwargs: Any) -> None:
         """Tell callbacks and reports."""
@@ -255,9 +259,12 @@ class RoundingTrainer:
                         "every machine needs the same model, data and arguments"
                     )
 
+    def _units(self, run: Run) -> list[Unit]:
+        return units(run.parts, run.plan, self.args.nblocks)
+
     def _items(self, run: Run, journal: Journal) -> Iterable[Item]:
         if run.streams_blocks:
-            key_of = {name: unit.key for unit in units(run.parts, run.plan, self.args.nblocks) for name in unit.names}
+            key_of = {name: unit.key for unit in self._units(run) for name in unit.names}
 
             def unit_of(parameter: str) -> str | None:
                 block = run.parts.block_of(parameter)
