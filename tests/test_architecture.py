@@ -25,9 +25,21 @@ FLOORS = [
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 WITHIN_FLOOR = {"errors", "registry", "scheme"}  # single files that may use each other
-OPTIONAL = {"gguf", "gptqmodel", "vllm", "optimum", "lm_eval", "mlx", "compressed_tensors", "peft", "auto_round_kernel", "triton"}
+OPTIONAL = {
+    "gguf",
+    "gptqmodel",
+    "vllm",
+    "optimum",
+    "lm_eval",
+    "mlx",
+    "compressed_tensors",
+    "peft",
+    "auto_round_kernel",
+    "triton",
+    "matplotlib",
+}
 REQUIRED = {"torch", "transformers", "accelerate", "datasets", "safetensors"}
-BROUGHT_ALONG = {"huggingface_hub", "tokenizers", "tqdm", "numpy"}  # by transformers itself
+BROUGHT_ALONG = {"huggingface_hub", "tokenizers", "tqdm", "numpy", "psutil"}  # by transformers or accelerate
 # modules of kernels, which find their language among their globals: they import it, and are imported where they are used
 KERNELS = {"hf_autoround.backends.triton_kernels": "triton"}
 FORBIDDEN = {"print", "hasattr", "setattr"}

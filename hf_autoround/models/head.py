@@ -18,7 +18,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from hf_autoround.models.walk import autocast, walk_through
+from hf_autoround.models.walk import autocast, replaced, walk_through
 
 
 @dataclass
@@ -48,15 +48,9 @@ class Head:
 
     def logits(self, rows: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """Return the logits (R, V) of finished hidden states (R, H), with `weights` in place of the model's own."""
-        base = self.model.base_model
+        # OPT's forward calls the decoder inside of its base model; get_decoder of others may be the model itself
+        bodies = {id(body): body for body in (self.model.base_model, self.model.get_decoder()) if body is not self.model}
         output = self._returned(last_hidden_state=rows[None])
-        own = base.__dict__.get("forward")
-        base.forward = lambda *args, **kwargs: output
-        try:
-            with autocast(self.device, self.autocast):
-                token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-                return functional_call(self.model, dict(weights), kwargs={"input_ids": token, "use_cache": False}).logits[0]
-        finally:
-            del base.forward
-            if own is not None:
-                base.forward = own
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        with replaced(list(bodies.values()), lambda place: lambda *args, **kwargs: output), autocast(self.device, self.autocast):
+            return functional_call(self.model, dict(weights), kwargs={"input_ids": token, "use_cache": False}).logits[0]

@@ -185,7 +185,7 @@ def walk_through(model: PreTrainedModel, blocks: Sequence[nn.Module], row: Tenso
 
         return forward
 
-    with _replaced(blocks, visitor):
+    with replaced(blocks, visitor):
         output = model.base_model(input_ids=row, use_cache=False)
     if visited != list(range(len(blocks))):
         raise UnsupportedLayer(
@@ -196,7 +196,8 @@ def walk_through(model: PreTrainedModel, blocks: Sequence[nn.Module], row: Tenso
 
 
 @contextmanager
-def _replaced(blocks: Sequence[nn.Module], visitor: Any) -> Iterator[None]:
+def replaced(blocks: Sequence[nn.Module], visitor: Any) -> Iterator[None]:
+    """Give each module the forward `visitor(place)` for the duration of a `with`."""
     own = [block.__dict__.get("forward") for block in blocks]
     try:
         for place, block in enumerate(blocks):

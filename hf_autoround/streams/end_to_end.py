@@ -230,9 +230,7 @@ class _Stage:
         def stay(place: int, changes: bool) -> AbstractContextManager[LearnedBlock]:
             return nullcontext(self.blocks[place])
 
-        # mapped files are memory as good as any other for a CPU
-        travels = self.residence == "streamed" and walk.device.type != "cpu"
-        open_block = Visits(self.blocks, walk.device).open if travels else stay
+        open_block = Visits(self.blocks, walk.device).open if self.travels else stay
         return EndToEndTask(
             seed=self.settings.seed * 1_000_003 + len(self.units),
             samples=walk.samples,
@@ -247,6 +245,11 @@ class _Stage:
             share=walk.share.of,
             total=self.settings.processes.total,
         )
+
+    @property
+    def travels(self) -> bool:
+        """Say whether blocks have to be copied to the device; for a CPU mapped files are memory as good as any other."""
+        return self.residence == "streamed" and self.walk.device.type != "cpu"
 
     def _fits(self) -> bool:
         """Say whether all blocks' weights, and half again for what is learned, have room on the device."""

@@ -163,6 +163,11 @@ class RoundingArguments:
             return "sign_round"
         return "rtn" if self.disable_opt_rtn else "opt_rtn"
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether there is more to do than to round each weight as it passes by."""
+        return self.algorithm != "rtn" or self.end_to_end_steps > 0
+
     def tuning(self) -> TuningSettings:
         """Return what the algorithm needs to know."""
         from hf_autoround.tuning import TuningSettings

@@ -125,7 +125,7 @@ def prepare(
     if isinstance(processing_class, str | Path):
         processing_class = AutoTokenizer.from_pretrained(processing_class, trust_remote_code=args.trust_remote_code)
     data = None
-    if args.algorithm != "rtn":
+    if args.needs_data:
         processing_class = processing_class or _tokenizer(lazy, args.trust_remote_code)
         config = lazy.model.config.get_text_config()
         data = calibration_set(

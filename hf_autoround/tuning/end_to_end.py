@@ -85,7 +85,7 @@ class LearnedBlock:
         values = dict(self.fixed)
         for name, weight in self.weights.items():
             values[name] = weight.fake_quantized(weight.groups(), self.tunables(name)).to(self.product_dtype)
-        return values | {name: self._shipped(name).to(self.fixed[name].dtype) for name in self.norms}
+        return values | {name: self._shipped(name).to(self.fixed[name].dtype, copy=True) for name in self.norms}
 
     def finished(self) -> BlockResult:
         """Return what ships."""

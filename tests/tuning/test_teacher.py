@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The divergence and its gradient, chunk by chunk, are those of the whole."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hf_autoround.tuning.teacher import backward, divergence
+
+
+@pytest.mark.parametrize("rows", [1, 5, 64])
+def test_chunks_give_the_divergence_and_the_gradient_of_the_whole(rows):
+    torch.manual_seed(0)
+    hidden, target = torch.randn(2, 23, 8, dtype=torch.float64)
+    mine, theirs = torch.randn(2, 11, 8, dtype=torch.float64)
+    weight = mine.clone().requires_grad_()
+    leaf = hidden.clone().requires_grad_()
+    expected = F.kl_div(
+        F.log_softmax(leaf @ weight.t(), -1), F.log_softmax(target @ theirs.t(), -1), log_target=True, reduction="sum"
+    )
+    (expected * 0.25).backward()
+    head = mine.clone().requires_grad_()
+    found, gradient = backward(lambda x: x @ head.t(), lambda x: x @ theirs.t(), hidden, target, rows, 0.25)
+    assert found.item() == pytest.approx(expected.item())
+    assert torch.allclose(gradient, leaf.grad) and torch.allclose(head.grad, weight.grad)
+    assert divergence(lambda x: x @ mine.t(), lambda x: x @ theirs.t(), hidden, target, rows).item() == pytest.approx(
+        expected.item()
+    )
