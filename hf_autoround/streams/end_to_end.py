@@ -108,6 +108,7 @@ class _Stage:
         self.residence = residence
         self.shelf = Shelf(self.walk.device, folder if residence == "streamed" else None)
         self.samples = Shelf(torch.device("cpu"), folder)
+        self.kept_blocks = 0  # not known before the first step
 
     def run(self) -> Progress:
         """Do the whole stage and return where it ended."""
@@ -244,7 +245,15 @@ class _Stage:
             backward=backward,
             share=walk.share.of,
             total=self.settings.processes.total,
+            kept_blocks=lambda: self.kept_blocks,
+            one_kept=self._keep_what_fits,
         )
+
+    def _keep_what_fits(self, one: int) -> None:
+        """Decide, when the first step tells what one block's forward takes, for how many it is kept for the backward."""
+        if self.kept_blocks == 0:
+            room = _free_memory(self.walk.device) // (2 * max(one, 1)) if self.residence == "resident" else 0
+            self.kept_blocks = max(1, min(room, len(self.runners)))
 
     @property
     def travels(self) -> bool:
@@ -255,8 +264,8 @@ class _Stage:
         """Say whether all blocks' weights, and half again for what is learned, have room on the device."""
         needed = sum(entry.nbytes for key, entry in self.lazy.checkpoint.entries.items())
         learned = sum(entry.nbytes // entry.dtype.itemsize for entry in self.lazy.checkpoint.entries.values()) * 3
-        if self.walk.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self.walk.device)[0]
-        else:
-            free = psutil.virtual_memory().available
-        return needed + learned < free // 2
+        return needed + learned < _free_memory(self.walk.device) // 2
+
+
+def _free_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

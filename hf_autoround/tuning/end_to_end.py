@@ -6,8 +6,9 @@ tunables of every block (the same that block tuning moves) follow the gradient o
 rounding by its sign, scales and norms by Adam. Relatives: SignRound (https://arxiv.org/abs/2309.05516) for the step,
 EfficientQAT (https://arxiv.org/abs/2407.11062) for tuning end to end, there with the codes frozen.
 
-One block is open at a time, forward and then backward in reverse: only its inputs are kept between the two, and it is
-moved as soon as its own gradient is there, so gradients of two blocks never exist together.
+One block is open at a time, forward and then backward in reverse: only its inputs are kept between the two (or all that
+its backward needs, for as many blocks as there is room), and it is moved as soon as its own gradient is there, so gradients
+of two blocks never exist together.
 
 Shapes: B samples of a batch, T tokens, H hidden size.
 """
@@ -154,6 +155,9 @@ class EndToEndTask:
     block's inputs (B, T, H), `run(place, hidden, samples, parameters)` a block's outputs; `measure(hidden, samples,
     head's parameters)` is the sum of the KL divergence over the samples' tokens, `backward` that and `scale` times its
     gradient. `tokens` is T. Samples may be shared out as in BlockTask.
+
+    The forward of the last `kept_blocks()` blocks is kept for their backward, that of the others is computed twice;
+    `one_kept(bytes)` tells how much memory one takes.
     """
 
     seed: int
@@ -168,6 +172,8 @@ class EndToEndTask:
     backward: Callable[[Tensor, Tensor, Mapping[str, Tensor], float], tuple[Tensor, Tensor]]
     share: Callable[[Tensor], Tensor] = lambda indices: indices
     total: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    kept_blocks: Callable[[], int] = lambda: 1
+    one_kept: Callable[[int], None] = lambda size: None
 
 
 @dataclass(frozen=True)
@@ -222,34 +228,73 @@ def _step(task: EndToEndTask, settings: EndToEndSettings, micro_batches: list[Te
     own = [indices for indices in map(task.share, micro_batches) if len(indices)]
     scale = 1 / (sum(map(len, micro_batches)) * task.tokens)
     hidden = [task.inputs(indices) for indices in own]
-    entering = []
+    entering: list[list[Tensor]] = []
+    recorded: list[_Recorded] = []
     for place in range(task.blocks):
-        entering.append(hidden)
-        if place + 1 < task.blocks:  # the last block's outputs are computed below, where their gradients are
+        if task.blocks - place > max(1, task.kept_blocks()):
+            entering.append(hidden)
             with task.open(place, False) as block, torch.no_grad():
                 parameters = block.replacements()
                 hidden = [task.run(place, state, indices, parameters) for state, indices in zip(hidden, own, strict=True)]
-    loss = torch.zeros((), dtype=torch.float64)
-    gradients: list[Tensor] = []
+        else:
+            with task.open(place, False) as block:
+                recorded.append(_record(task, place, block, hidden, own))
+            hidden = [output.detach() for output in recorded[-1].outputs]
+    task.one_kept(recorded[-1].saved_bytes)
+    loss, gradients = _head(task, settings, hidden, own, scale, step)
     for place in reversed(range(task.blocks)):
-        last = place + 1 == task.blocks
-        head = task.open(task.blocks, True) if last and task.learns_head else nullcontext()
-        with task.open(place, True) as block, head as head_block:
-            parameters, head_parameters = _leaves(block), {} if head_block is None else _leaves(head_block)
-            inputs = [state.detach().requires_grad_(place > 0) for state in entering.pop()]
-            for number, (state, indices) in enumerate(zip(inputs, own, strict=True)):
-                output = task.run(place, state, indices, parameters)
-                if last:
-                    kl, gradient = task.backward(output.detach(), indices, head_parameters, scale)
-                    loss += kl.cpu()
-                else:
-                    gradient = gradients[number]
+        with task.open(place, True) as block:
+            record = recorded.pop() if recorded else _record(task, place, block, entering.pop(), own)
+            for output, gradient in zip(record.outputs, gradients, strict=True):
                 output.backward(gradient)
-            gradients = [state.grad for state in inputs if state.grad is not None]
-            _move(task, settings, block, parameters, step)
-            if head_block is not None:
-                _move(task, settings, head_block, head_parameters, step)
+            gradients = [state.grad for state in record.inputs if state.grad is not None]
+            _move(task, settings, block, record.parameters, step)
     return (task.total(loss) * scale).item()
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """One block's forward with what its backward needs."""
+
+    parameters: dict[str, Tensor]
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    saved_bytes: int
+
+
+def _record(task: EndToEndTask, place: int, block: LearnedBlock, hidden: list[Tensor], own: list[Tensor]) -> _Recorded:
+    parameters = _leaves(block)
+    inputs = [state.detach().requires_grad_(place > 0) for state in hidden]
+    if task.kept_blocks():
+        with torch.enable_grad():
+            outputs = [task.run(place, state, indices, parameters) for state, indices in zip(inputs, own, strict=True)]
+        return _Recorded(parameters, inputs, outputs, 0)
+    saved: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        outputs = [task.run(place, state, indices, parameters) for state, indices in zip(inputs, own, strict=True)]
+    return _Recorded(parameters, inputs, outputs, sum(saved.values()))
+
+
+def _head(
+    task: EndToEndTask, settings: EndToEndSettings, outputs: list[Tensor], own: list[Tensor], scale: float, step: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the sum of the KL divergence and its gradients for the last block's outputs; move the head if it is learned."""
+    loss, gradients = torch.zeros((), dtype=torch.float64), []
+    with task.open(task.blocks, True) if task.learns_head else nullcontext() as head:
+        parameters = {} if head is None else _leaves(head)
+        for output, indices in zip(outputs, own, strict=True):
+            kl, gradient = task.backward(output, indices, parameters, scale)
+            loss += kl.cpu()
+            gradients.append(gradient)
+        if head is not None:
+            _move(task, settings, head, parameters, step)
+    return loss, gradients
 
 
 def _leaves(block: LearnedBlock) -> dict[str, Tensor]:
