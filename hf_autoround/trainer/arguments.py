@@ -73,7 +73,9 @@ class RoundingArguments:
     gradient_accumulate_steps: int = _help("Batches per step.", default=1)
 
     dataset: str | None = _help(
-        "Calibration data: a Hub name, a text, json, jsonl or parquet file, or pydoc; default NeelNanda/pile-10k.", default=None
+        "Calibration data: a Hub name, a text, json, jsonl or parquet file, pydoc, or self (text that the model writes); several "
+        "with commas, with options: pile.jsonl:num=64,self:num=256. Default NeelNanda/pile-10k.",
+        default=None,
     )
     nsamples: int = _help("Calibration samples.", default=128)
     seqlen: int = _help("Tokens of a sample.", default=2048)
