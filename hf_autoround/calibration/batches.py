@@ -31,8 +31,8 @@ _FEWEST = 8  # tokens of the shortest row that says anything
 class SampledText:
     """What the model is asked to write: `num` rows of `seqlen` tokens, at a `temperature` (1: its own probabilities).
 
-    A row begins with the token `start` (None: the model's own, see sampling.py) and `prompt` tokens of a row of data, if
-    there is data.
+    A row begins with the token `start` (None: the model's own) and `prompt` tokens that are of a row of data, if there is
+    data: see sampling.py.
     """
 
     num: int

@@ -4,10 +4,14 @@
 What a model says is what it was trained on, as far as it remembers: text without a data set. It also keeps end-to-end
 tuning from over-fitting, which needs more rows than most users have at hand (LLM-QAT, https://arxiv.org/abs/2305.17888).
 
-A row begins with the begin-of-text token, or that and the first tokens of a row of data. Each next token is found by
-inverting the cumulative distribution at one uniform number, drawn beforehand for each place of each row: the text depends
-on the seed alone, not on how rows are batched or on the device's generator, and nobody's random state is touched. Where a
-text ends the next one begins, as in packed documents.
+A row begins with the begin-of-text token and the first tokens of a row of data; without data, with tokens drawn at twice the
+temperature, since texts begin much alike. It never ends: the token that would end it is not drawn. (tinystories, W2A16G32,
+50 steps on 128 sampled rows, KL on text never seen: 0.553 from the begin-of-text token alone, 0.516 with a hot beginning;
+0.463 against 0.471 with data if texts do not end, or end and others begin.)
+
+Each token is found by inverting the cumulative distribution at one uniform number, drawn beforehand for each place of each
+row: the text depends on the seed alone, not on how rows are batched or on a device's generator, and nobody's random state
+is touched.
 
 The whole model has to be in memory meanwhile, which tuning block by block does not need: a token takes a walk over all
 blocks, far too many for weights that come from disk.
@@ -80,13 +84,13 @@ def sample_text(
     uniform = torch.rand((request.num, request.seqlen), dtype=torch.float64, generator=random)
     start, ends = _start_and_ends(lazy, request)
     beginnings = _beginnings(lazy, request, start, prompts, random)
-    rows = _batch_size(lazy, request, placement)
+    rows, hot = _batch_size(lazy, request, placement), 0 if len(prompts) else request.prompt
     sampled = []
     with _whole(lazy, parts, placement, dtype):
         for batch in torch.arange(request.num).split(rows):
             ids = beginnings[batch].to(placement.main)
             on_step(ids.numel())
-            draw = _Draw(uniform[batch].to(placement.main), request.temperature, start, ends, on_step)
+            draw = _Draw(uniform[batch].to(placement.main), request.temperature, hot, ends, on_step)
             # eos_token_id=None, as an argument: it would be taken from the model's own configuration otherwise
             output = lazy.model.generate(
                 ids,
@@ -104,24 +108,24 @@ class _Draw(LogitsProcessor):
     """Leaves greedy search one token to choose: the one that was drawn."""
 
     def __init__(
-        self, uniform: Tensor, temperature: float, start: int | None, ends: tuple[int, ...], on_step: Callable[[int], None]
+        self, uniform: Tensor, temperature: float, hot: int, ends: tuple[int, ...], on_step: Callable[[int], None]
     ) -> None:
-        self.uniform, self.temperature, self.start, self.on_step = uniform, temperature, start, on_step
+        self.uniform, self.temperature, self.hot, self.on_step = uniform, temperature, hot, on_step
         self.ends = torch.tensor(ends, dtype=torch.int64, device=uniform.device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores (B, V) of which one in each row is not -inf."""
+        place = input_ids.shape[1]
+        temperature = self.temperature * (2 if place <= self.hot else 1)
+        scores = scores.float().index_fill(1, self.ends, float("-inf"))
         # in float64: the order in which a GPU adds does not show
-        below = (scores.float() / self.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+        below = (scores / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
         if not torch.isfinite(below[:, -1]).all():
             raise CalibrationError(
                 "the float model's predictions hold NaN or infinity, so no text can be sampled from it; its weights are damaged"
             )
-        place = input_ids.shape[1]
         token = torch.searchsorted(below, self.uniform[:, place, None] * below[:, -1:], right=True)
         token = token.clamp(max=scores.shape[-1] - 1)
-        if self.start is not None:
-            token = torch.where(torch.isin(input_ids[:, -1:], self.ends), self.start, token)
         self.on_step(len(token))
         return torch.full_like(scores, float("-inf")).scatter_(1, token, 0.0)
 
@@ -147,7 +151,7 @@ def _whole(lazy: LazyModel, parts: ModelParts, placement: Placement, dtype: torc
 
 
 def _start_and_ends(lazy: LazyModel, request: SampledText) -> tuple[int | None, tuple[int, ...]]:
-    """Return the token that a text begins with, and those after which the next one begins.
+    """Return the token that a text begins with, and those that end one.
 
     A model without a begin-of-text token begins with the one that ends texts, as it came before each text in training; one
     that has neither gives None.
@@ -159,7 +163,7 @@ def _start_and_ends(lazy: LazyModel, request: SampledText) -> tuple[int | None, 
     ends = [*_as_tuple(config.eos_token_id), *_as_tuple(generation.eos_token_id)]
     known = [request.start, config.bos_token_id, generation.bos_token_id, *ends]
     start = next((token for token in known if token is not None and token < config.vocab_size), None)
-    return start, tuple(token for token in ends if token != start)
+    return start, tuple(token for token in ends if token < config.vocab_size)
 
 
 def _as_tuple(tokens: int | list[int] | None) -> tuple[int, ...]:

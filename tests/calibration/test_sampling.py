@@ -4,6 +4,7 @@
 import pytest
 import torch
 from tiny import CONFIGS, tokens
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hf_autoround.calibration import sampling
@@ -56,14 +57,18 @@ def test_several_devices_write_the_same(tiny_model):
     assert torch.equal(sample(tiny_model("llama"), placement=spread), sample(tiny_model("llama")))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_tokens_come_as_often_as_the_model_says(temperature, tiny_model):
+@pytest.mark.parametrize(("data", "temperature"), [(True, 1.0), (True, 2.0), (False, 1.0)], ids=["as it is", "hot", "beginning"])
+def test_tokens_come_as_often_as_the_model_says(data, temperature, tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
-    rows = sample(tiny_model("llama"), num=4000, seqlen=8, temperature=temperature)[:, 1]
-    expected = (model(torch.tensor([[1]])).logits[0, -1] / temperature).softmax(-1).double()
-    found = torch.bincount(rows, minlength=128) / 4000
+    prompts = tokens(1, 16) if data else NONE
+    rows = sample(tiny_model("llama"), prompts=prompts, num=4000, seqlen=8, temperature=temperature)
+    begun = 5 if data else 1
+    logits = model(rows[:1, :begun]).logits[0, -1]
+    logits[2] = float("-inf")  # no text ends
+    expected = (logits / (temperature if data else 2 * temperature)).softmax(-1).double()
+    found = torch.bincount(rows[:, begun], minlength=128) / 4000
     deviation = (found - expected).abs() / (expected * (1 - expected) / 4000).sqrt().clamp(min=1e-3)
-    assert deviation.max() < 5 and expected.max() < 0.9
+    assert deviation.max() < 5 and expected.max() < 0.9 and (found > 0).sum() > 8
 
 
 def test_rows_begin_with_rows_of_the_data(tiny_model):
@@ -77,10 +82,13 @@ def test_rows_begin_with_rows_of_the_data(tiny_model):
     assert len({tuple(row[:5].tolist()) for row in more}) == 3 and len(more.unique(dim=0)) == 16
 
 
-def test_one_text_follows_the_other(tiny_model):
-    rows = sample(tiny_model("llama"), num=64, seqlen=64)
-    followers = rows[:, 1:][rows[:, :-1] == 2]
-    assert len(followers) > 3 and (followers == 1).all()
+def test_no_text_ends(tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
+    often = sample(model, num=64, seqlen=64).unique(return_counts=True)
+    ends = [token for token, count in zip(*map(Tensor.tolist, often), strict=True) if count > 40][:3]
+    assert len(ends) == 3
+    model.config.eos_token_id = [*ends, 500]
+    assert not torch.isin(sample(model, num=64, seqlen=64)[:, 1:], torch.tensor(ends)).any()
 
 
 @pytest.mark.parametrize(
