@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where calibration documents come from.
 
-To add a source: a function `(name, characters) -> documents or None` and a line in SOURCES. A source that does not know
-the name returns None and the next one is asked. `characters` is how much text will be used at the most.
+To add a source: a function `(name, characters, split) -> documents or None` and a line in SOURCES. A source that does not
+know the name returns None and the next one is asked. `characters` is how much text will be used at the most, `split` the
+part of the data that is wanted, if one was named.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +20,39 @@ OTHERS = "pass a local text, json, jsonl or parquet file, a list of texts, or py
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 Document = Any  # a text, or a list of token ids
-Source = Callable[[str, int], Iterable[Document] | None]
+Source = Callable[[str, int, str | None], Iterable[Document] | None]
 
 
-def open_source(name: str, characters: int) -> Iterable[Document]:
+def open_source(name: str, characters: int, split: str | None = None) -> Iterable[Document]:
     """Return the documents that a dataset name stands for.
 
-    Raises CalibrationError if there is no such file, or the Hub cannot be reached.
+    Raises CalibrationError if there is no such file or split, or the Hub cannot be reached.
     """
     for source in SOURCES:
-        documents = source(name, characters)
+        documents = source(name, characters, split)
         if documents is not None:
             return documents
     raise CalibrationError(f"there is no dataset {name!r}; {OTHERS}")
 
 
-def python_manual(name: str, characters: int) -> Iterable[Document] | None:
+def python_manual(name: str, characters: int, split: str | None) -> Iterable[Document] | None:
     """`pydoc`: the text of Python's manual that every CPython carries."""
     if name != "pydoc":
         return None
+    _refuse_split(name, split)
     from pydoc_data.topics import topics
 
     return [topics[topic] for topic in sorted(topics)]
 
 
-def local_file(name: str, characters: int) -> Iterable[Document] | None:
+def local_file(name: str, characters: int, split: str | None) -> Iterable[Document] | None:
     """A text file is one document; json, jsonl and parquet have one per record."""
     path = Path(name).expanduser()
     if not path.is_file():
         if path.suffix in (".txt", *_BUILDERS) or path.is_absolute():
             raise CalibrationError(f"there is no calibration file {name}; {OTHERS}")
         return None
+    _refuse_split(name, split)
     builder = _BUILDERS.get(path.suffix)
     if builder is None:
         try:
@@ -65,17 +69,20 @@ def local_file(name: str, characters: int) -> Iterable[Document] | None:
         raise CalibrationError(f"{name} cannot be read as {builder}: {error}") from error
 
 
-def hub_dataset(name: str, characters: int) -> Iterable[Document] | None:
-    """A dataset on the Hub, streamed: its `train` split."""
+def hub_dataset(name: str, characters: int, split: str | None) -> Iterable[Document] | None:
+    """A dataset on the Hub (or a folder of data files), streamed: its `train` split, or those of "test+validation"."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
-        return records(load_dataset(name, split="train", streaming=True), name)
+        parts = [load_dataset(name, split=part.strip(), streaming=True) for part in (split or "train").split("+")]
+        return chain.from_iterable(records(part, name) for part in parts)
     except (ConnectionError, OfflineModeIsEnabled, HfHubHTTPError) as error:
         raise CalibrationError(f"the dataset {name} cannot be fetched: the Hub is out of reach; {OTHERS}") from error
     except (DatasetNotFoundError, HFValidationError, FileNotFoundError, ValueError) as error:
+        if split is not None and "split" in str(error):
+            raise CalibrationError(f"the dataset {name} has no split {split!r}: {str(error).splitlines()[0]}") from error
         raise CalibrationError(f"there is no dataset {name!r}, neither a file nor on the Hub; {OTHERS}") from error
 
 
@@ -89,6 +96,11 @@ def records(dataset: Any, name: str) -> Iterator[Document]:
     if column is None:
         raise CalibrationError(f"{name} has the columns {', '.join(columns)}; one of them has to be called text or input_ids")
     return (record[column] for record in dataset if record[column] is not None)
+
+
+def _refuse_split(name: str, split: str | None) -> None:
+    if split is not None:
+        raise CalibrationError(f"{name} has no splits; leave split={split} out")
 
 
 SOURCES: tuple[Source, ...] = (python_manual, local_file, hub_dataset)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 
-from hf_autoround.calibration.batches import calibration_set
+from hf_autoround.calibration.batches import CalibrationSet, calibration_set
 from hf_autoround.errors import CheckpointError
 from hf_autoround.formats import AutoRoundFormat, reasons_against
 from hf_autoround.hf.config import AutoRoundConfig
@@ -91,8 +91,8 @@ class RoundWhileLoading(ConversionOps):
         return packed
 
 
-def calibration_tokens(model: PreTrainedModel, config: AutoRoundConfig, args: RoundingArguments) -> Tensor:
-    """Return the samples (N, T) that `config.dataset` gives.
+def calibration_data(model: PreTrainedModel, config: AutoRoundConfig, args: RoundingArguments) -> CalibrationSet:
+    """Return the samples that `config.dataset` gives.
 
     Raises CalibrationError for data that cannot be read, or does not fit the model.
     """
@@ -104,18 +104,19 @@ def calibration_tokens(model: PreTrainedModel, config: AutoRoundConfig, args: Ro
         seqlen=args.seqlen,
         vocabulary=text_config.vocab_size,
         longest=getattr(text_config, "max_position_embeddings", None),
-    ).tokens
+        seed=args.seed,
+    )
 
 
-def calibrate_loaded(model: PreTrainedModel, config: AutoRoundConfig, plan: QuantPlan, tokens: Tensor) -> None:
+def calibrate_loaded(model: PreTrainedModel, config: AutoRoundConfig, plan: QuantPlan, data: CalibrationSet) -> None:
     """Tune (or search the scales of) a float model that is in memory, and put packed layers in place of its own.
 
-    `tokens` (N, T) are the samples. The model has to be whole and on one device.
+    The model has to be whole and on one device.
     """
     layout = FORMAT.layout(plan)
     schemes = {name: scheme for name, (scheme, _) in plan.parameters().items()}
     with tempfile.TemporaryDirectory(prefix="hf_autoround-") as folder:
-        trainer = RoundingTrainer(model, config.arguments(f"{folder}/out"), train_dataset=tokens)
+        trainer = RoundingTrainer(model, config.arguments(f"{folder}/out"), train_dataset=data)
         journal = trainer.quantize()
         for unit in units(trainer.prepare().parts, plan, trainer.args.nblocks):
             result = journal.get(unit.key, schemes)

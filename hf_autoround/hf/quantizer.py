@@ -13,10 +13,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
 from hf_autoround.backends.select import assign_backends, candidates
+from hf_autoround.calibration.batches import CalibrationSet
 from hf_autoround.errors import CheckpointError, UnsupportedLayer
 from hf_autoround.formats import read_config
 from hf_autoround.hf.config import AutoRoundConfig
-from hf_autoround.hf.on_load import FORMAT, RoundWhileLoading, calibrate_loaded, calibration_tokens, plan_on_load
+from hf_autoround.hf.on_load import FORMAT, RoundWhileLoading, calibrate_loaded, calibration_data, plan_on_load
 from hf_autoround.hf.packed_model import install_packed_layers, restore_float_layers
 from hf_autoround.hf.stored_model import disk_names, read_stored_model
 from hf_autoround.layers.packed_linear import PackedLinear
@@ -37,7 +38,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(AutoRoundConfig.wrap(quantization_config), **kwargs)
         self.plan: QuantPlan | None = None  # of a float checkpoint
-        self.tokens: torch.Tensor | None = None  # that it is to be calibrated on
+        self.data: CalibrationSet | None = None  # that it is to be calibrated on
         self.arguments: RoundingArguments | None = None
         self.damaged: list[CheckpointError] = []
         self.names: dict[str, str] = {}  # of its layers, in memory -> in its files
@@ -90,7 +91,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
         self.plan = plan_on_load(model, self.arguments)
         if self._needs_data:
             with torch.device("cpu"):
-                self.tokens = calibration_tokens(model, self.quantization_config, self.arguments)
+                self.data = calibration_data(model, self.quantization_config, self.arguments)
         else:
             layout = FORMAT.layout(self.plan)
             layers = {site: (self.plan.schemes[site.name], layout) for site in self.plan.sites}
@@ -112,9 +113,9 @@ class AutoRoundHfQuantizer(HfQuantizer):
         if self.damaged:
             raise self.damaged[0]
         if self.plan is not None:
-            if self.tokens is not None:
+            if self.data is not None:
                 model.config.quantization_config = None  # it is a float model still
-                calibrate_loaded(model, self.quantization_config, self.plan, self.tokens)
+                calibrate_loaded(model, self.quantization_config, self.plan, self.data)
             config = FORMAT.config(self.plan, self.names)
             self.quantization_config = AutoRoundConfig(**config, backend=self.quantization_config.backend)
         for name, module in model.named_modules():
@@ -175,7 +176,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
 
     @property
     def _rounds_while_loading(self) -> bool:
-        return self.plan is not None and self.tokens is None
+        return self.plan is not None and self.data is None
 
     @property
     def _parameters(self) -> set[str]:

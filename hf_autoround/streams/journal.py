@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The journal: every finished block, on disk, as plain codes and scales.
+"""The journal: every finished block, on disk, as plain codes and scales, and the text that the model wrote for them.
 
 A run that was killed goes on from here, and every checkpoint is written from here, so resuming exists once and not once
 per format. Blocks appear under their names only when they are whole. Activations are not kept: a resumed run computes
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_autoround.errors import OutputError, ResumeError
@@ -27,6 +27,7 @@ from hf_autoround.scheme import Scheme
 from hf_autoround.tuning import BlockResult
 
 FOLDER = ".autoround-journal"
+_SAMPLED = "sampled"  # beside the names of units
 
 
 class Journal:
@@ -69,13 +70,7 @@ class Journal:
         layers = {name: (layer.columns, layer.error) for name, layer in result.layers.items()}
         losses = {"loss_first": result.loss_first, "loss_best": result.loss_best, "best_step": result.best_step}
         metadata = {"layers": json.dumps(layers), "losses": json.dumps(losses), "record": json.dumps(dict(record))}
-        partial = self._path(unit).with_suffix(".partial")
-        try:
-            save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, partial, metadata)
-            _flush(partial)
-            os.replace(partial, self._path(unit))
-        except (SafetensorError, OSError) as error:
-            raise OutputError(f"cannot write {partial}: {error}; what is finished is kept: make room and resume") from error
+        self._save(unit, tensors, metadata)
 
     def get(self, unit: str, schemes: Mapping[str, Scheme]) -> BlockResult:
         """Return a finished block; `schemes` are those of its parameters."""
@@ -111,11 +106,28 @@ class Journal:
         with safe_open(self._path(unit), framework="pt") as handle:
             return json.loads(handle.metadata()["record"])
 
+    def put_sampled(self, tokens: Tensor) -> None:
+        """Store the rows that were sampled from the model."""
+        self._save(_SAMPLED, {"tokens": tokens}, {})
+
+    def get_sampled(self) -> Tensor | None:
+        """Return the rows that were sampled from the model, None if they have not been yet."""
+        return load_file(self._path(_SAMPLED))["tokens"] if self.has(_SAMPLED) else None
+
     def remove(self) -> None:
         """Take the journal away; after a kill in between, what is left is no journal any more."""
         gone = self.folder.with_name(f"{self.folder.name}.done")
         os.replace(self.folder, gone)
         shutil.rmtree(gone)
+
+    def _save(self, unit: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+        partial = self._path(unit).with_suffix(".partial")
+        try:
+            save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, partial, metadata)
+            _flush(partial)
+            os.replace(partial, self._path(unit))
+        except (SafetensorError, OSError) as error:
+            raise OutputError(f"cannot write {partial}: {error}; what is finished is kept: make room and resume") from error
 
     def _path(self, unit: str) -> Path:
         return self.folder / f"{unit}.safetensors"

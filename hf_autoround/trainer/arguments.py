@@ -89,7 +89,9 @@ class RoundingArguments:
     save_steps: int = _help("Keep an unfinished end to end run on disk every so many steps.", default=50)
 
     dataset: str | None = _help(
-        "Calibration data: a Hub name, a text, json, jsonl or parquet file, or pydoc; default NeelNanda/pile-10k.", default=None
+        "Calibration data: a Hub name, a text, json, jsonl or parquet file, pydoc, or self (text that the model writes); several "
+        "with commas, with options: pile.jsonl:num=64,self:num=256. Default NeelNanda/pile-10k.",
+        default=None,
     )
     nsamples: int = _help("Calibration samples.", default=128)
     self_samples: int = _help("Samples besides that the float model itself writes, for end to end tuning.", default=0)

@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is shown while a run goes on: a bar with block, loss and time left, and one line per block.
 
-Both are ordinary TrainerCallbacks (one epoch is one block, one step is one iteration).
+These two are ordinary TrainerCallbacks (one epoch is one block, one step is one iteration).
 """
 
 from __future__ import annotations
 
 import resource
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
+
+from hf_autoround.calibration.batches import SampledText
 
 logger = logging.get_logger(__name__)
 
@@ -60,6 +65,16 @@ class BlockLines(TrainerCallback):
         elif state.is_world_process_zero and logs and "held_out_kl" in logs:
             with tqdm.external_write_mode(file=sys.stderr):
                 logger.info(stage_line(logs, kwargs.get("steps"), kwargs.get("seconds")))
+
+
+@contextmanager
+def sampling_bar(args: Any, request: SampledText) -> Iterator[Callable[[int], None]]:
+    """Show a bar of the tokens that are sampled, and a line when they are; gives the function that counts them."""
+    started = time.time()
+    total = request.num * request.seqlen
+    with tqdm(total=total, desc="sampling", unit="token", dynamic_ncols=True, disable=args.disable_tqdm or None) as bar:
+        yield lambda tokens: bar.update(tokens) and None
+    logger.info(f"{request}: {time.time() - started:.1f} s")
 
 
 def block_line(logs: dict[str, Any], seconds: float | None) -> str:

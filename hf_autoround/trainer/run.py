@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from hf_autoround import __version__
 from hf_autoround.calibration.batches import CalibrationSet, calibration_set
-from hf_autoround.errors import AutoRoundError, CheckpointError, UnsupportedScheme
+from hf_autoround.calibration.sampling import refuse_sampling
+from hf_autoround.errors import AutoRoundError, CalibrationError, CheckpointError, UnsupportedScheme
 from hf_autoround.formats import find_formats, reasons_against, refuse_mixtures
 from hf_autoround.models.blocks import ModelParts, model_parts
 from hf_autoround.models.loading import LazyModel, open_model
@@ -135,8 +136,13 @@ def prepare(
             seqlen=args.seqlen,
             vocabulary=config.vocab_size,
             longest=getattr(config, "max_position_embeddings", None),
+            seed=args.seed,
         )
-        share_of(len(data.tokens), args.batch_size, processes)  # raises if there is not enough for all of them
+        if data.sampled is not None:
+            reason = refuse_sampling(lazy, data.sampled.seqlen, placement)
+            if reason:
+                raise CalibrationError(f"no text can be sampled from {lazy.name}: {reason}; leave self out of dataset")
+        share_of(data.samples, args.batch_size, processes)  # raises if there is not enough for all of them
     settings = StreamSettings(
         nblocks=args.nblocks,
         seed=args.seed,

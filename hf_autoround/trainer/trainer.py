@@ -13,12 +13,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
+from hf_autoround.calibration.batches import SampledText
+from hf_autoround.calibration.sampling import sample_text
 from hf_autoround.errors import AutoRoundError, MissingDependency
 from hf_autoround.formats.base import Format
 from hf_autoround.layers.sites import QuantizedLayer
@@ -29,7 +33,7 @@ from hf_autoround.streams.end_to_end import stream_end_to_end
 from hf_autoround.streams.journal import Journal, digests, refuse_other_arguments
 from hf_autoround.streams.shards import FromJournal, Item, rounded, stream_checkpoint
 from hf_autoround.trainer.arguments import RoundingArguments
-from hf_autoround.trainer.callbacks import BlockLines, RoundingProgress
+from hf_autoround.trainer.callbacks import BlockLines, RoundingProgress, sampling_bar
 from hf_autoround.trainer.divergence_plot import plot_divergence
 from hf_autoround.trainer.end_to_end_events import EndToEndTrainerEvents
 from hf_autoround.trainer.events import TrainerEvents, TrainingStopped
@@ -112,6 +116,7 @@ class RoundingTrainer:
         """
         run = self.prepare()
         journal = self.processes.from_main(lambda: self._open_journal(run, resume))
+        tokens = self._tokens(run, journal)
         steps_per_block = self.args.iters or 1
         all_units = self._units(run)
         block_steps, whole_steps = steps_per_block * len(all_units), self.args.end_to_end_steps
@@ -121,13 +126,14 @@ class RoundingTrainer:
         self.state.compute_steps(self.args, self.state.max_steps)
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         if run.streams_blocks:
-            assert run.data is not None
+            assert tokens is not None
             algorithm = ALGORITHMS[self.args.algorithm]
-            tokens = run.data.tokens
+            # sampled texts serve the whole model; blocks are decided on the data, or on as many samples if there is none
+            for_blocks = tokens[: self.args.nsamples] if whole_steps else tokens
             events = TrainerEvents(self, run.plan, steps_per_block, self.state.num_train_epochs)
             source = (run.lazy, run.parts, run.plan)
             try:
-                stream_blocks(*source, tokens[: self.args.nsamples], algorithm, self.args.tuning(), run.settings, journal, events)
+                stream_blocks(*source, for_blocks, algorithm, self.args.tuning(), run.settings, journal, events)
                 if whole_steps:
                     journal = stream_end_to_end(
                         *source,
@@ -238,6 +244,21 @@ class RoundingTrainer:
         journal = Journal(run.output.journal, run.signature())
         journal.start()
         return journal
+
+    def _tokens(self, run: Run, journal: Journal) -> Tensor | None:
+        """Return the samples (N, T): those of the data, then those that the model writes; None if none are needed."""
+        if run.data is None or run.data.sampled is None:
+            return run.data.tokens if run.data else None
+        sampled = self.processes.from_main(lambda: self._sampled(run, run.data.tokens, run.data.sampled, journal))
+        return torch.cat([run.data.tokens, sampled])
+
+    def _sampled(self, run: Run, prompts: Tensor, request: SampledText, journal: Journal) -> Tensor:
+        tokens = journal.get_sampled()
+        if tokens is None:
+            with sampling_bar(self.args, request) as on_step:
+                tokens = sample_text(run.lazy, run.parts, request, prompts, run.settings.placement, on_step)
+            journal.put_sampled(tokens)
+        return tokens
 
     def _complete(self, run: Run, journal: Journal) -> None:
         self.write(run.output, journal)

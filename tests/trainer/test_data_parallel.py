@@ -20,7 +20,7 @@ from hf_autoround.evaluation import perplexity
 
 ROOT = Path(__file__).parents[2]
 QUICK = {"scheme": "W2A16G32", "iters": 6, "disable_tqdm": True, "device_map": "cpu"}
-# name: architecture, samples, arguments
+# name: architecture, samples (how many, or a dataset's name), arguments
 FLOAT64 = {
     "plain": ("llama", 16, {}),
     "nothing divides": ("llama", 13, {"batch_size": 3, "nblocks": 2, "quant_lm_head": True}),
@@ -29,6 +29,7 @@ FLOAT64 = {
     "momentum, two batches a step": ("llama", 16, {"batch_size": 4, "gradient_accumulate_steps": 2, "momentum": 0.9}),
     "adam, zero points": ("llama", 16, {"enable_adam": True, "sym": False}),
     "float inputs": ("llama", 16, {"enable_quanted_input": False}),
+    "text of its own": ("qwen3_moe", "self:num=13", {"seqlen": 24, "batch_size": 4}),
 }
 ANY_TYPE = {
     "experts, opt_rtn": ("qwen3_moe", 13, {"iters": 0, "batch_size": 4}),
@@ -48,7 +49,8 @@ torch.set_num_threads(1)
 logging.set_verbosity_error()
 open(f"{sys.argv[2]}-pid-{os.environ['RANK']}", "w").write(str(os.getpid()))
 for folder, (model, rows, arguments) in json.loads(sys.argv[1]).items():
-    trainer = RoundingTrainer(model, RoundingArguments(output_dir=folder, **arguments), train_dataset=tokens(rows))
+    data = tokens(rows) if isinstance(rows, int) else rows
+    trainer = RoundingTrainer(model, RoundingArguments(output_dir=folder, **arguments), train_dataset=data)
     trainer.train(resume_from_checkpoint=True)
 """
 
@@ -121,7 +123,7 @@ def two(tiny_model, tmp_path_factory):
 
 def alone(model, folder, rows, arguments):
     args = RoundingArguments(output_dir=str(folder), **{**QUICK, **arguments})
-    RoundingTrainer(str(model), args, train_dataset=tokens(rows)).train()
+    RoundingTrainer(str(model), args, train_dataset=tokens(rows) if isinstance(rows, int) else rows).train()
     return load_file(folder / "model.safetensors")
 
 
