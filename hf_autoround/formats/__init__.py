@@ -5,7 +5,7 @@ To add a format: write `formats/<name>.py` with a class of `formats.base.Format`
 command line, `hf-autoround list formats` and the law tests read it from there.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from hf_autoround.errors import UnsupportedScheme
@@ -46,8 +46,11 @@ def reasons_against(formats: Iterable[Format], site: WeightSite, scheme: Scheme)
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def refuse_mixtures(formats: Iterable[Format], plan: QuantPlan) -> None:
-    """Raise UnsupportedScheme if a format cannot store a plan."""
+def refuse_plan(formats: Sequence[Format], plan: QuantPlan) -> None:
+    """Raise UnsupportedScheme if one of the formats cannot store a site of a plan, or how it mixes schemes."""
+    for site in plan.sites:
+        if reasons := reasons_against(formats, site, plan.schemes[site.name]):
+            raise UnsupportedScheme("; ".join(f"{name} cannot store {site.name}: {why}" for name, why in reasons.items()))
     for target in formats:
         if reason := target.refuse_plan(plan):
             raise UnsupportedScheme(f"{target.name} cannot store this: {reason}")
@@ -73,5 +76,5 @@ __all__ = [
     "find_formats",
     "read_config",
     "reasons_against",
-    "refuse_mixtures",
+    "refuse_plan",
 ]

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from hf_autoround import __version__
 from hf_autoround.calibration.batches import CalibrationSet, calibration_set
 from hf_autoround.errors import AutoRoundError, CheckpointError, UnsupportedScheme
-from hf_autoround.formats import find_formats, reasons_against, refuse_mixtures
+from hf_autoround.formats import find_formats, reasons_against, refuse_plan
 from hf_autoround.models.blocks import ModelParts, model_parts
 from hf_autoround.models.loading import LazyModel, open_model
 from hf_autoround.models.placement import resolve_placement
@@ -119,7 +119,7 @@ def prepare(
         quant_lm_head=args.quant_lm_head,
         refuse=lambda site, chosen: reasons_against(formats, site, chosen),
     )
-    refuse_mixtures(formats, plan)
+    refuse_plan(formats, plan)
     keys = source_keys(lazy, plan)
     if isinstance(processing_class, str | Path):
         processing_class = AutoTokenizer.from_pretrained(processing_class, trust_remote_code=args.trust_remote_code)
