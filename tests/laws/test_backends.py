@@ -17,7 +17,7 @@ from hf_autoround.backends.int4_order import measured_order
 from hf_autoround.backends.select import assign_backends, candidates, select_backend
 from hf_autoround.errors import MissingDependency, UnknownName, UnsupportedLayer
 from hf_autoround.layers.packed_linear import PackedLinear, dequantize_and_multiply
-from hf_autoround.layouts import LAYOUTS
+from hf_autoround.layouts import LAYOUTS, PackQuantized
 from hf_autoround.numerics import data_type
 from hf_autoround.numerics.grouping import group
 from hf_autoround.scheme import integer_scheme
@@ -150,6 +150,24 @@ def test_a_refusal_is_the_end_of_a_sentence(backend):
         for device in (CPU, torch.device("cuda"), torch.device("meta")):
             reason = backend.refuse(layer, device)
             assert reason is None or (" " in reason and not reason.endswith("."))
+
+
+EVERY_REASON = {
+    "cpu_int4": (3, ["a CPU, not on cuda", "cannot read the layout", "in float32", "16 outputs", "groups of a multiple of 32"]),
+    "cpu_int8": (3, ["a CPU, not on cuda", "8 bits, not", "layout", "in float32", "one scale for each output", "16 inputs"]),
+    "ark": (5, ["a CPU, not on cuda", "2, 3, 4 or 8 bits", "cannot read the layout", "whole groups"]),
+    "triton": (3, ["not on meta", "gptq and gptq_v2, not pack_quantized", "32 inputs, not 72", "32 inputs, not of 20"]),
+}
+
+
+@pytest.mark.parametrize("name", EVERY_REASON)
+def test_a_refusal_gives_every_reason(name, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    bits, reasons = EVERY_REASON[name]
+    layer = packed_layer(PackQuantized(), integer_scheme(bits, 20), (7, 72), torch.float32)
+    device = torch.device("meta" if name == "triton" else "cuda")
+    said = next(backend for backend in BACKENDS if backend.name == name).refuse(layer, device).split(", and it ")
+    assert len(said) == len(reasons) and all(reason in part for reason, part in zip(reasons, said, strict=True)), said
 
 
 @pytest.mark.parametrize("rows", [16, 48, 64, 80, 560, 1088])
