@@ -16,6 +16,7 @@ from hf_autoround.formats.base import Format, StoredPlan, StoredTensor
 from hf_autoround.formats.compressed_tensors import read_compressed_tensors_config
 from hf_autoround.formats.fake import FakeFormat
 from hf_autoround.layers.sites import WeightSite
+from hf_autoround.models.float8_source import refuse_source
 from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.registry import find
 from hf_autoround.scheme import Scheme
@@ -62,6 +63,10 @@ def read_config(config: Mapping[str, Any]) -> StoredPlan:
     Raises UnsupportedScheme for what we do not read.
     """
     method = str(config.get("quant_method", "auto-round"))
+    if refuse_source(config) is None:
+        raise UnsupportedScheme(
+            f"a checkpoint in float8 ({method}) is a source: quantize it from its files, with AutoRound(...) or hf-autoround"
+        )
     if method not in _READERS:
         raise UnsupportedScheme(f"quant_method {method!r} is not supported; there are {', '.join(_READERS)}")
     return _READERS[method](config)
