@@ -164,7 +164,9 @@ def test_the_float_model_can_be_had_again(tiny_model):
     folder, rows = tiny_model("qwen3_moe"), tokens()[:2]
     model = load(folder, quantization_config=AutoRoundConfig(scheme="W4A16G32"))
     logits = model(rows).logits
-    assert torch.allclose(model.dequantize()(rows).logits, logits, atol=1e-5)
+    plain = model.dequantize()
+    assert not [name for name, module in plain.named_modules() if isinstance(module, PackedLinear)]
+    assert torch.allclose(plain(rows).logits, logits, atol=1e-5)
 
 
 @pytest.mark.parametrize(
