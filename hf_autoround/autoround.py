@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_autoround.errors import AutoRoundError, UnsupportedScheme
-from hf_autoround.formats import find_formats, refuse_mixtures
+from hf_autoround.formats import find_formats, refuse_plan
 from hf_autoround.scheme import SchemeLike, resolve_scheme
 from hf_autoround.streams.journal import Journal
 from hf_autoround.trainer.arguments import recipe
@@ -77,13 +77,7 @@ class AutoRound:
         if self._trainer is None or self._journal is None:
             raise AutoRoundError("nothing is quantized yet: call quantize() first, or quantize_and_save(folder)")
         output = OutputFolder(Path(output_dir).expanduser(), tuple(find_formats(format)))
-        plan = self._trainer.prepare().plan
-        for target in output.formats:
-            for site in plan.sites:
-                reason = target.refuse(site, plan.schemes[site.name])
-                if reason:
-                    raise UnsupportedScheme(f"{target.name} cannot store {site.name}: {reason}")
-        refuse_mixtures(output.formats, plan)
+        refuse_plan(output.formats, self._trainer.prepare().plan)
         output.claim(resume=False)
         self._trainer.write(output, self._journal)
         return str(output_dir)

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from hf_autoround.backends.base import Backend, Package, multiply
+from hf_autoround.backends.base import Backend, Package, every_reason, multiply
 from hf_autoround.errors import require
 from hf_autoround.layers.packed_linear import PackedLinear, Repacked
 from hf_autoround.layouts import IntegerLayout
@@ -69,18 +69,17 @@ class Ark(Backend):
     needs = _PACKAGE
 
     def refuse(self, layer: PackedLinear, device: torch.device) -> str | None:
-        """Return why the kernels cannot run a layer there, or None."""
-        if device.type != "cpu":
-            return f"it runs on a CPU, not on {device.type}"
+        """Return every reason why the kernels cannot run a layer there, or None."""
         spec = layer.spec
-        if spec.data_type != "int" or spec.bits not in _BITS:
-            return f"it multiplies integers of 2, 3, 4 or 8 bits, not {layer.scheme.name}"
-        if set(layer.packed_names) != {"qweight", "qzeros", "scales"}:
-            return f"it cannot read the layout {layer.layout.name}"
         size = group_columns(layer.in_features, spec.granularity)
-        if layer.in_features % size:
-            return f"it needs whole groups, and {layer.in_features} inputs are none of {size}"
-        return "a scale is zero: its order could not be undone" if bool((layer.scales == 0).any()) else None
+        reasons = every_reason(
+            device.type != "cpu" and f"it runs on a CPU, not on {device.type}",
+            (spec.data_type != "int" or spec.bits not in _BITS)
+            and f"it multiplies integers of 2, 3, 4 or 8 bits, not {layer.scheme.name}",
+            set(layer.packed_names) != {"qweight", "qzeros", "scales"} and f"it cannot read the layout {layer.layout.name}",
+            layer.in_features % size and f"it needs whole groups, and {layer.in_features} inputs are none of {size}",
+        )
+        return reasons or ("a scale is zero: its order could not be undone" if bool((layer.scales == 0).any()) else None)
 
     def prepare(self, layer: PackedLinear) -> None:
         """Pack the codes for the kernels, and drop the layout's."""

@@ -34,7 +34,7 @@ class Backend(Protocol):
     needs: Package | None = None
 
     def refuse(self, layer: PackedLinear, device: torch.device) -> str | None:
-        """Return why it cannot run a layer there, or None."""
+        """Return every reason why it cannot run a layer there, or None."""
         ...
 
     def prepare(self, layer: PackedLinear) -> None:
@@ -50,6 +50,11 @@ def missing(backend: Backend) -> str | None:
     if backend.needs is None or find_spec(backend.needs.module) is not None:
         return None
     return f"it needs {backend.needs.pip}, which is not installed: pip install {backend.needs.pip}"
+
+
+def every_reason(*findings: str | int) -> str | None:
+    """Return the findings that are reasons as the end of one sentence, or None; a check that passed gives False or 0."""
+    return ", and ".join(str(finding) for finding in findings if finding) or None
 
 
 def compute_dtype(inputs: Tensor) -> torch.dtype:

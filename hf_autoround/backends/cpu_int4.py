@@ -20,7 +20,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from hf_autoround.backends.base import Backend, compute_dtype, multiply
+from hf_autoround.backends.base import Backend, compute_dtype, every_reason, multiply
 from hf_autoround.backends.int4_order import Segment, measured_order
 from hf_autoround.layers.packed_linear import PackedLinear, Repacked
 from hf_autoround.layouts import IntegerLayout
@@ -123,21 +123,19 @@ class CPUInt4(Backend):
     name = "cpu_int4"
 
     def refuse(self, layer: PackedLinear, device: torch.device) -> str | None:
-        """Return why the kernel cannot run a layer there, or None."""
-        if device.type != "cpu":
-            return f"it runs on a CPU, not on {device.type}"
-        if layer.spec.data_type != "int":
-            return f"it multiplies integers, not {layer.spec.data_type}"
-        if set(layer.packed_names) != {"qweight", "qzeros", "scales"}:
-            return f"it cannot read the layout {layer.layout.name}"
-        if layer.compute_dtype == torch.float32:
-            return "it computes in bfloat16, and the model is in float32: load it with dtype=torch.bfloat16"
-        if layer.out_features % 16:
-            return f"it needs a multiple of 16 outputs, not {layer.out_features}"
-        if kernel_group(layer) is None:
-            size = layer.spec.group_size
-            return f"it needs inputs and groups of a multiple of 32, not {layer.in_features} in groups of {size}"
-        return None if measured_order(layer.out_features) else "this processor keeps int4 codes in an order it cannot undo"
+        """Return every reason why the kernel cannot run a layer there, or None."""
+        rows, columns, spec = layer.out_features, layer.in_features, layer.spec
+        reasons = every_reason(
+            device.type != "cpu" and f"it runs on a CPU, not on {device.type}",
+            spec.data_type != "int" and f"it multiplies integers, not {spec.data_type}",
+            set(layer.packed_names) != {"qweight", "qzeros", "scales"} and f"it cannot read the layout {layer.layout.name}",
+            layer.compute_dtype == torch.float32
+            and "it computes in bfloat16, and the model is in float32: load it with dtype=torch.bfloat16",
+            rows % 16 and f"it needs a multiple of 16 outputs, not {rows}",
+            kernel_group(layer) is None
+            and f"it needs inputs and groups of a multiple of 32, not {columns} in groups of {spec.group_size}",
+        )
+        return reasons or (None if measured_order(rows) else "this processor keeps int4 codes in an order it cannot undo")
 
     def prepare(self, layer: PackedLinear) -> None:
         """Pack the codes for the kernel, and drop the layout's."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_autoround.backends.base import Backend, compute_dtype, multiply
+from hf_autoround.backends.base import Backend, compute_dtype, every_reason, multiply
 from hf_autoround.layers.packed_linear import PackedLinear, Repacked
 from hf_autoround.layouts import IntegerLayout
 from hf_autoround.numerics.grouping import group_count
@@ -51,22 +51,21 @@ class CPUInt8(Backend):
     name = "cpu_int8"
 
     def refuse(self, layer: PackedLinear, device: torch.device) -> str | None:
-        """Return why the kernel cannot run a layer there, or None."""
-        if device.type != "cpu":
-            return f"it runs on a CPU, not on {device.type}"
+        """Return every reason why the kernel cannot run a layer there, or None."""
         spec = layer.spec
-        if spec.data_type != "int" or spec.bits != 8 or not spec.symmetric:
-            return f"it multiplies symmetric integers of 8 bits, not {layer.scheme.name}"
-        if set(layer.packed_names) != {"qweight", "qzeros", "scales"}:
-            return f"it cannot read the layout {layer.layout.name}"
-        if layer.compute_dtype == torch.float32:
-            return "it computes in bfloat16, and the model is in float32: load it with dtype=torch.bfloat16"
-        if group_count(layer.in_features, spec.granularity) != 1:
-            return f"it needs one scale for each output, not groups of {spec.group_size} inputs"
-        if layer.in_features % 16:  # torch does not check it, and reads past the end
-            return f"it needs a multiple of 16 inputs, not {layer.in_features}"
-        zeros = cast(IntegerLayout, layer.layout).unpack_zeros(layer.qzeros, spec, layer.out_features)
-        return None if bool((zeros == 128).all()) else "its zero points are not in the middle"
+        reasons = every_reason(
+            device.type != "cpu" and f"it runs on a CPU, not on {device.type}",
+            (spec.data_type != "int" or spec.bits != 8 or not spec.symmetric)
+            and f"it multiplies symmetric integers of 8 bits, not {layer.scheme.name}",
+            set(layer.packed_names) != {"qweight", "qzeros", "scales"} and f"it cannot read the layout {layer.layout.name}",
+            layer.compute_dtype == torch.float32
+            and "it computes in bfloat16, and the model is in float32: load it with dtype=torch.bfloat16",
+            group_count(layer.in_features, spec.granularity) != 1
+            and f"it needs one scale for each output, not groups of {spec.group_size} inputs",
+            # torch does not check it, and reads past the end
+            layer.in_features % 16 and f"it needs a multiple of 16 inputs, not {layer.in_features}",
+        )
+        return reasons or _refuse_zeros(layer)
 
     def prepare(self, layer: PackedLinear) -> None:
         """Put the codes into rows, and drop the layout's."""
@@ -75,6 +74,11 @@ class CPUInt8(Backend):
     def forward(self, layer: PackedLinear, inputs: Tensor) -> Tensor:
         """Return x W^T + b in the dtype of x: float32 in float32, others in bfloat16."""
         return multiply(layer, inputs, _outputs, _input_gradient)
+
+
+def _refuse_zeros(layer: PackedLinear) -> str | None:
+    zeros = cast(IntegerLayout, layer.layout).unpack_zeros(layer.qzeros, layer.spec, layer.out_features)
+    return None if bool((zeros == 128).all()) else "its zero points are not in the middle"
 
 
 def _outputs(layer: PackedLinear, rows: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from hf_autoround.backends.base import Backend, Package, multiply
+from hf_autoround.backends.base import Backend, Package, every_reason, multiply
 from hf_autoround.layers.packed_linear import PackedLinear
 from hf_autoround.layouts.gptq import GPTQ
 from hf_autoround.numerics.grouping import group_columns
@@ -26,15 +26,16 @@ class TritonGPTQ(Backend):
     needs = Package("triton", "triton")
 
     def refuse(self, layer: PackedLinear, device: torch.device) -> str | None:
-        """Return why the kernels cannot run a layer there, or None."""
-        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            return f"it runs on CUDA and ROCm devices, not on {device.type}"
-        if not isinstance(layer.layout, GPTQ):
-            return f"it reads the layouts gptq and gptq_v2, not {layer.layout.name}"
-        if layer.in_features % 32:
-            return f"it needs a multiple of 32 inputs, not {layer.in_features}"
-        group = group_columns(layer.in_features, layer.spec.granularity)
-        return f"it needs groups of a multiple of 32 inputs, not of {group}" if group % 32 else None
+        """Return every reason why the kernels cannot run a layer there, or None."""
+        elsewhere = device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1"
+        columns, group = layer.in_features, group_columns(layer.in_features, layer.spec.granularity)
+        return every_reason(
+            elsewhere and f"it runs on CUDA and ROCm devices, not on {device.type}",
+            not isinstance(layer.layout, GPTQ) and f"it reads the layouts gptq and gptq_v2, not {layer.layout.name}",
+            columns % 32 and f"it needs a multiple of 32 inputs, not {columns}",
+            # a group as long as its row has been told
+            group < columns and group % 32 and f"it needs groups of a multiple of 32 inputs, not of {group}",
+        )
 
     def forward(self, layer: PackedLinear, inputs: Tensor) -> Tensor:
         """Return x W^T + b in the dtype of x."""

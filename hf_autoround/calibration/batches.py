@@ -79,11 +79,13 @@ def calibration_set(
     vocabulary: int,
     longest: int | None = None,
     seed: int = 42,
+    self_samples: int = 0,
 ) -> CalibrationSet:
     """Return `nsamples` rows of `seqlen` tokens, or as many as the data gives.
 
     `dataset` is a string as spec.py has it (sources that do not say `num` share `nsamples`), a list of texts, lists of
     token ids or tensors, or a datasets.Dataset; None is the default Hub dataset, a CalibrationSet is returned as it is.
+    `self_samples` rows are to be sampled from the model besides, unless the string asks for some itself.
     `tokenizer` is only needed for texts. `longest` is what the model was made for, `seed` that of text to be sampled.
 
     Raises CalibrationError for data that cannot be read, or does not fit the model.
@@ -99,6 +101,8 @@ def calibration_set(
     sources: list[tuple[Any, int]] = [(dataset, nsamples)]
     if dataset is None or isinstance(dataset, str):
         sources = list(_numbered(parse_dataset(dataset or DEFAULT_DATASET), nsamples))
+    if self_samples and not any(_is_self(source) for source, _ in sources):
+        sources += list(_numbered(parse_dataset(f"self:num={self_samples}"), nsamples))
     data = [(source, number) for source, number in sources if not _is_self(source)]
     rows, descriptions = [], []
     for source, number in data:

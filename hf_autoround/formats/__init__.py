@@ -5,7 +5,7 @@ To add a format: write `formats/<name>.py` with a class of `formats.base.Format`
 command line, `hf-autoround list formats` and the law tests read it from there.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from hf_autoround.errors import UnsupportedScheme
@@ -16,6 +16,7 @@ from hf_autoround.formats.base import Format, StoredPlan, StoredTensor
 from hf_autoround.formats.compressed_tensors import read_compressed_tensors_config
 from hf_autoround.formats.fake import FakeFormat
 from hf_autoround.layers.sites import WeightSite
+from hf_autoround.models.float8_source import refuse_source
 from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.registry import find
 from hf_autoround.scheme import Scheme
@@ -46,8 +47,11 @@ def reasons_against(formats: Iterable[Format], site: WeightSite, scheme: Scheme)
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def refuse_mixtures(formats: Iterable[Format], plan: QuantPlan) -> None:
-    """Raise UnsupportedScheme if a format cannot store a plan."""
+def refuse_plan(formats: Sequence[Format], plan: QuantPlan) -> None:
+    """Raise UnsupportedScheme if one of the formats cannot store a site of a plan, or how it mixes schemes."""
+    for site in plan.sites:
+        if reasons := reasons_against(formats, site, plan.schemes[site.name]):
+            raise UnsupportedScheme("; ".join(f"{name} cannot store {site.name}: {why}" for name, why in reasons.items()))
     for target in formats:
         if reason := target.refuse_plan(plan):
             raise UnsupportedScheme(f"{target.name} cannot store this: {reason}")
@@ -59,6 +63,10 @@ def read_config(config: Mapping[str, Any]) -> StoredPlan:
     Raises UnsupportedScheme for what we do not read.
     """
     method = str(config.get("quant_method", "auto-round"))
+    if refuse_source(config) is None:
+        raise UnsupportedScheme(
+            f"a checkpoint in float8 ({method}) is a source: quantize it from its files, with AutoRound(...) or hf-autoround"
+        )
     if method not in _READERS:
         raise UnsupportedScheme(f"quant_method {method!r} is not supported; there are {', '.join(_READERS)}")
     return _READERS[method](config)
@@ -73,5 +81,5 @@ __all__ = [
     "find_formats",
     "read_config",
     "reasons_against",
-    "refuse_mixtures",
+    "refuse_plan",
 ]

@@ -14,10 +14,10 @@ from transformers.quantizers.base import HfQuantizer
 
 from hf_autoround.backends.select import assign_backends, candidates
 from hf_autoround.calibration.batches import CalibrationSet
-from hf_autoround.errors import CheckpointError, UnsupportedLayer
+from hf_autoround.errors import UnsupportedLayer
 from hf_autoround.formats import read_config
 from hf_autoround.hf.config import AutoRoundConfig
-from hf_autoround.hf.on_load import FORMAT, RoundWhileLoading, calibrate_loaded, calibration_data, plan_on_load
+from hf_autoround.hf.on_load import FORMAT, RoundWhileLoading, calibrate_loaded, data_on_load, plan_on_load
 from hf_autoround.hf.packed_model import install_packed_layers, restore_float_layers
 from hf_autoround.hf.stored_model import disk_names, read_stored_model
 from hf_autoround.layers.packed_linear import PackedLinear
@@ -40,7 +40,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
         self.plan: QuantPlan | None = None  # of a float checkpoint
         self.data: CalibrationSet | None = None  # that it is to be calibrated on
         self.arguments: RoundingArguments | None = None
-        self.damaged: list[CheckpointError] = []
+        self.rounding: RoundWhileLoading | None = None  # what rounds each of its parameters, unless it is calibrated
         self.names: dict[str, str] = {}  # of its layers, in memory -> in its files
         self.relayout: Layout | None = None  # for layers whose file has one that kernels do not read
         self.packed_layers: tuple[str, ...] = ()  # by name, when the model was loaded
@@ -64,7 +64,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Say whether a float parameter is to be rounded as it streams in."""
-        return self._rounds_while_loading and param_name in self._parameters
+        return self.rounding is not None and param_name in self.rounding.sites
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
         """Return the bytes of an element once it is loaded: none of a parameter whose packed tensors are counted."""
@@ -72,8 +72,8 @@ class AutoRoundHfQuantizer(HfQuantizer):
 
     def get_quantize_ops(self) -> RoundWhileLoading:
         """Return what transformers' loader calls with each parameter that is to be rounded."""
-        assert self.plan is not None
-        return RoundWhileLoading(self.plan, self.damaged)
+        assert self.rounding is not None
+        return self.rounding
 
     def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel | None = None) -> list:
         """Leave them alone: those that merge experts match float weights only, and some layers' experts may be float."""
@@ -91,10 +91,10 @@ class AutoRoundHfQuantizer(HfQuantizer):
         self.plan = plan_on_load(model, self.arguments)
         if self._needs_data:
             with torch.device("cpu"):
-                self.data = calibration_data(model, self.quantization_config, self.arguments)
+                self.data = data_on_load(model, self.quantization_config, self.arguments)
         else:
-            layout = FORMAT.layout(self.plan)
-            layers = {site: (self.plan.schemes[site.name], layout) for site in self.plan.sites}
+            self.rounding = RoundWhileLoading(self.plan)
+            layers = {site: (self.plan.schemes[site.name], self.rounding.layout) for site in self.plan.sites}
             install_packed_layers(model, layers, keep_parameters=True)
 
     def _prepare_packed(self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None) -> None:
@@ -110,8 +110,8 @@ class AutoRoundHfQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), r"\.g_idx$"}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        if self.damaged:
-            raise self.damaged[0]
+        if self.rounding is not None and self.rounding.damaged:
+            raise self.rounding.damaged[0]
         if self.plan is not None:
             if self.data is not None:
                 model.config.quantization_config = None  # it is a float model still
@@ -172,12 +172,4 @@ class AutoRoundHfQuantizer(HfQuantizer):
         """Whether the model is calibrated once it is loaded, or rounded while it loads."""
         config = self.quantization_config
         searched = getattr(config, "dataset", None) is not None and not getattr(config, "disable_opt_rtn", False)
-        return not self.pre_quantized and bool(config.iters or searched)
-
-    @property
-    def _rounds_while_loading(self) -> bool:
-        return self.plan is not None and self.data is None
-
-    @property
-    def _parameters(self) -> set[str]:
-        return {site.parameter for site in self.plan.sites} if self.plan is not None else set()
+        return not self.pre_quantized and bool(config.iters or searched or getattr(config, "end_to_end_steps", 0))

@@ -12,6 +12,7 @@ Shapes: O out features, I in features.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -28,15 +29,15 @@ Kernel = Callable[["PackedLinear", Tensor], Tensor]
 CODES = "qweight"  # the tensor of integer layouts that a kernel may keep in its own order
 
 
-class Repacked(nn.Module):
+class Repacked(nn.Module, ABC):
     """A layer's codes in a kernel's own order, made from the layer: its child `repacked`, in place of the layout's codes.
 
     What it holds are buffers that are not saved: the order may differ from machine to machine.
     """
 
+    @abstractmethod
     def codes(self) -> Tensor:
         """Return the unsigned codes (O, I) uint8 that it was made from."""
-        raise NotImplementedError
 
 
 class PackedLinear(nn.Module):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,14 +18,14 @@ from hf_autoround import __version__
 from hf_autoround.calibration.batches import CalibrationSet, calibration_set
 from hf_autoround.calibration.sampling import refuse_sampling
 from hf_autoround.errors import AutoRoundError, CalibrationError, CheckpointError, UnsupportedScheme
-from hf_autoround.formats import find_formats, reasons_against, refuse_mixtures
+from hf_autoround.formats import Format, find_formats, reasons_against, refuse_plan
 from hf_autoround.models.blocks import ModelParts, model_parts
 from hf_autoround.models.loading import LazyModel, open_model
 from hf_autoround.models.placement import resolve_placement
 from hf_autoround.models.processes import Processes
 from hf_autoround.planning.model_plan import plan_model
 from hf_autoround.planning.plan import QuantPlan
-from hf_autoround.scheme import resolve_scheme
+from hf_autoround.scheme import Scheme, resolve_scheme
 from hf_autoround.streams.block_walk import StreamSettings
 from hf_autoround.streams.shards import SourceKey, source_keys
 from hf_autoround.streams.shares import share_of
@@ -57,7 +58,7 @@ class Run:
         model folder's own files are copied."""
         if given is not None or self.lazy.checkpoint.folder is not None:
             return self.processing_class if given is not None else None
-        return self.processing_class or _tokenizer(self.lazy, self.args.trust_remote_code)
+        return self.processing_class or find_tokenizer(None, self.lazy.name, trust_remote_code=self.args.trust_remote_code)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -104,44 +105,26 @@ def prepare(
     formats = tuple(find_formats(args.format))
     if not formats:
         raise AutoRoundError("no format is given; hf-autoround list formats names them")
-    scheme = resolve_scheme(args.scheme, bits=args.bits, group_size=args.group_size, sym=args.sym)
-    if scheme.weight is None and not args.layer_config:
-        raise UnsupportedScheme(f"{scheme.name} leaves every layer as it is: there is nothing to quantize")
+    scheme = wanted_scheme(args)
     max_shard_size = _bytes(args.max_shard_size)
     placement = resolve_placement(args.device_map, processes.device)
     lazy = open_model(model, trust_remote_code=args.trust_remote_code)
     parts = model_parts(lazy.model)
-    plan = plan_model(
-        lazy.model,
-        parts,
-        scheme,
-        name=lazy.name,
-        layer_config=args.layer_config,
-        ignore_layers=args.ignore_layers,
-        quant_lm_head=args.quant_lm_head,
-        refuse=lambda site, chosen: reasons_against(formats, site, chosen),
-    )
-    refuse_mixtures(formats, plan)
+    plan = plan_for(lazy.model, parts, scheme, args, formats, name=lazy.name)
     keys = source_keys(lazy, plan)
-    if isinstance(processing_class, str | Path):
-        processing_class = AutoTokenizer.from_pretrained(processing_class, trust_remote_code=args.trust_remote_code)
+    if processing_class is not None or args.needs_data:
+        source = lazy.checkpoint.folder or lazy.name
+        processing_class = find_tokenizer(processing_class, source, trust_remote_code=args.trust_remote_code)
     data = None
     if args.needs_data:
-        processing_class = processing_class or _tokenizer(lazy, args.trust_remote_code)
-        config = lazy.model.config.get_text_config()
-        data = calibration_set(
-            args.dataset if train_dataset is None else train_dataset,
-            processing_class,
-            nsamples=args.nsamples,
-            seqlen=args.seqlen,
-            vocabulary=config.vocab_size,
-            longest=getattr(config, "max_position_embeddings", None),
-            seed=args.seed,
-        )
+        dataset = args.dataset if train_dataset is None else train_dataset
+        data = calibration_data(lazy.model, args, dataset, processing_class)
         if data.sampled is not None:
             reason = refuse_sampling(lazy, data.sampled.seqlen, placement)
             if reason:
-                raise CalibrationError(f"no text can be sampled from {lazy.name}: {reason}; leave self out of dataset")
+                raise CalibrationError(
+                    f"no text can be sampled from {lazy.name}: {reason}; use self_samples=0, and no self in dataset"
+                )
         share_of(data.samples, args.batch_size, processes)  # raises if there is not enough for all of them
     settings = StreamSettings(
         nblocks=args.nblocks,
@@ -156,17 +139,74 @@ def prepare(
     return Run(args, lazy, parts, plan, keys, output, settings, processing_class, data, max_shard_size)
 
 
-def _tokenizer(lazy: LazyModel, trust_remote_code: bool) -> Any:
-    """Load the model's tokenizer, or None if it has none (token ids need none)."""
-    source = lazy.checkpoint.folder or lazy.name
-    if isinstance(source, Path) and not any(source.glob("tokenizer*")) and not any(source.glob("*.model")):
+def wanted_scheme(args: RoundingArguments) -> Scheme:
+    """Return the base scheme that arguments ask for.
+
+    Raises UnknownName, or UnsupportedScheme if it leaves nothing to quantize.
+    """
+    scheme = resolve_scheme(args.scheme, bits=args.bits, group_size=args.group_size, sym=args.sym)
+    if scheme.weight is None and not args.layer_config:
+        raise UnsupportedScheme(f"{scheme.name} leaves every layer as it is: there is nothing to quantize")
+    return scheme
+
+
+def plan_for(
+    model: PreTrainedModel, parts: ModelParts, scheme: Scheme, args: RoundingArguments, formats: Sequence[Format], *, name: str
+) -> QuantPlan:
+    """Return the plan for a model (on the meta device is enough) that all formats can store; `name` is what to call it.
+
+    Raises UnsupportedLayer, UnsupportedScheme or UnknownName.
+    """
+    plan = plan_model(
+        model,
+        parts,
+        scheme,
+        name=name,
+        layer_config=args.layer_config,
+        ignore_layers=args.ignore_layers,
+        quant_lm_head=args.quant_lm_head,
+        refuse=lambda site, chosen: reasons_against(formats, site, chosen),
+    )
+    refuse_plan(formats, plan)
+    return plan
+
+
+def calibration_data(model: PreTrainedModel, args: RoundingArguments, dataset: Any, tokenizer: Any) -> CalibrationSet:
+    """Return the samples that a dataset gives for a model.
+
+    Raises CalibrationError for data that cannot be read, or does not fit the model.
+    """
+    config = model.config.get_text_config()
+    return calibration_set(
+        dataset,
+        tokenizer,
+        nsamples=args.nsamples,
+        seqlen=args.seqlen,
+        vocabulary=config.vocab_size,
+        longest=getattr(config, "max_position_embeddings", None),
+        seed=args.seed,
+        self_samples=args.self_samples,
+    )
+
+
+def find_tokenizer(given: Any, source: str | Path, *, trust_remote_code: bool) -> Any:
+    """Return the given tokenizer, loaded if it is a folder or a Hub id, or that of the model; None if the model has none.
+
+    `source` is the model's folder (a Path), or what else it is called: then it need not be a place at all.
+    Raises CheckpointError if there is a tokenizer and it cannot be loaded.
+    """
+    if given is not None and not isinstance(given, str | Path):
+        return given
+    if given is None and isinstance(source, Path) and not any(source.glob("tokenizer*")) and not any(source.glob("*.model")):
         return None
+    place = source if given is None else given
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        if not isinstance(source, Path):
-            return None
-        raise CheckpointError(f"the tokenizer of {lazy.name} cannot be loaded: {str(error).splitlines()[0]}") from error
+        if given is None and not isinstance(source, Path):
+            return None  # token ids need none; texts are refused by name
+        what = f"the tokenizer of {place}" if given is None else f"the tokenizer {place}"
+        raise CheckpointError(f"{what} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def _bytes(size: str | int) -> int:

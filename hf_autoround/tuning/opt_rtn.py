@@ -5,6 +5,8 @@ Search weighs each weight's error by how large its input is (the diagonal of the
 importance matrix). That ignores how the errors of a row add up, so several candidates are kept for each group, and the
 groups then choose among them, one after the other, by the error of the row's output on sampled inputs.
 
+Experts that saw no token are rounded to nearest: nothing says which of their weights matter.
+
 Shapes: E experts, O out features, I in features, G groups, S group size, R sampled input rows, C candidates.
 """
 
@@ -27,7 +29,9 @@ _SWEEPS = 3
 @torch.no_grad()
 def searched(weight: TunableWeight, squares: Tensor | None) -> Tunables:
     """Return the tunables with the scales found by search; `squares` ([E,] 1, I) are sums of squared inputs."""
-    return weight.data_type.search(weight.groups(), weight.spec, _importance(weight, squares))
+    groups = weight.groups()
+    found = weight.data_type.search(groups, weight.spec, _importance(weight, squares))
+    return _nearest_if_unseen(weight, groups, squares, found)
 
 
 @torch.no_grad()
@@ -41,12 +45,18 @@ def optimized_round_to_nearest(task: BlockTask, settings: TuningSettings, on_ste
 
 
 def _importance(weight: TunableWeight, squares: Tensor | None) -> Tensor | None:
-    """An expert that saw no token, and any input that was always zero, is searched as if all its inputs were alike."""
+    """Return how much the error of each weight counts; all count alike if the weight's inputs are not known."""
     if squares is None:
         return None
-    mean = squares.mean(-1, keepdim=True)
-    even = torch.where(mean > 0, squares / mean.clamp(min=1e-30), torch.ones_like(squares))
-    return group(even.clamp(min=1e-3), weight.spec.granularity)
+    relative = squares / squares.mean(-1, keepdim=True).clamp(min=1e-30)
+    return group(relative.clamp(min=1e-3), weight.spec.granularity)
+
+
+def _nearest_if_unseen(weight: TunableWeight, groups: Tensor, squares: Tensor | None, found: Tunables) -> Tunables:
+    """Return what was found, with neutral tunables for experts whose inputs are all zero."""
+    if squares is None or (seen := squares.any(-1, keepdim=True)).all():
+        return found
+    return found.where(~seen, weight.data_type.neutral(groups, weight.spec))
 
 
 def _chosen(weight: TunableWeight, squares: Tensor | None, inputs: Sequence[Tensor]) -> Tunables:
@@ -63,7 +73,7 @@ def _chosen(weight: TunableWeight, squares: Tensor | None, inputs: Sequence[Tens
     best = candidates[0]
     for number, candidate in enumerate(candidates[1:], 1):
         best = best.where(choice == number, candidate)
-    return best
+    return _nearest_if_unseen(weight, groups, squares, best)
 
 
 def choose_groups(errors: Tensor, inputs: Tensor) -> Tensor:

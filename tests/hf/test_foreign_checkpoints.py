@@ -171,3 +171,18 @@ def test_what_is_not_read_is_refused_with_a_sentence(changes, says, tiny_model, 
     edit_config(packed, **changes)
     with pytest.raises(UnsupportedScheme, match=says):
         load(packed)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quant_method": "fp8", "weight_block_size": None},
+        {"quant_method": "compressed-tensors", "format": "float-quantized"},
+    ],
+    ids=lambda changes: changes["quant_method"],
+)
+def test_a_float8_checkpoint_is_said_to_be_a_source(changes, tiny_model, tmp_path):
+    packed, _ = write(tiny_model("llama"), tmp_path / "out", "auto_gptq", scheme="W4A16G32")
+    edit_config(packed, **changes)
+    with pytest.raises(UnsupportedScheme, match=r"is a source: quantize it from its files, with AutoRound\(\.\.\.\)"):
+        load(packed)

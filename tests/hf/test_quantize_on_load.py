@@ -6,11 +6,13 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from tiny import CONFIGS, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, pipeline
 
 from hf_autoround import AutoRound, AutoRoundConfig
 from hf_autoround.errors import AutoRoundError, CheckpointError, UnknownName, UnsupportedLayer
 from hf_autoround.layers.packed_linear import PackedLinear
+from hf_autoround.tuning.rtn import nearest
 
 SCHEMES = [
     {"scheme": "W4A16", "group_size": 32},
@@ -96,6 +98,44 @@ def test_with_data_it_equals_the_offline_run(name, recipe, arguments, tiny_model
     assert torch.equal(load(tmp_path / "ours")(rows).logits, model(rows).logits)
 
 
+def test_texts_are_read_with_the_tokenizer_that_is_named(tiny_model, tmp_path):
+    folder, texts = tmp_path / "bare", [" ".join(f"w{token}" for token in row) for row in tokens(8)]
+    AutoModelForCausalLM.from_pretrained(tiny_model("llama")).save_pretrained(folder)
+    shared = {"scheme": "W2A16G32", "dataset": texts, "nsamples": 8, "seqlen": 24}
+    with pytest.raises(AutoRoundError, match="need a tokenizer"):
+        load(folder, quantization_config=AutoRoundConfig(**shared))
+    with pytest.raises(CheckpointError, match=r"the tokenizer \S+nothing cannot be loaded"):
+        load(folder, quantization_config=AutoRoundConfig(**shared, tokenizer=str(tmp_path / "nothing")))
+    with pytest.raises(CheckpointError, match=r"the tokenizer \S+nothing cannot be loaded"):
+        offline(folder, tmp_path / "theirs", "opt-rtn", tokenizer=tmp_path / "nothing", **shared)
+    model = load(folder, quantization_config=AutoRoundConfig(**shared, tokenizer=str(tiny_model("llama"))))
+    theirs = offline(folder, tmp_path / "theirs", "opt-rtn", tokenizer=str(tiny_model("llama")), **shared)
+    assert_equal(saved(model, tmp_path / "ours"), theirs)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_of_fused_experts_one_at_a_time_is_rounded(name, tiny_model, monkeypatch):
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                sizes[-1] = max(sizes[-1], result.numel())
+            return result
+
+    def watched(weight):
+        shapes.append(tuple(weight.parameter.shape))
+        sizes.append(0)
+        with Largest():
+            return nearest(weight)
+
+    shapes, sizes = [], []
+    monkeypatch.setattr("hf_autoround.hf.on_load.nearest", watched)
+    model = load(tiny_model(name, torch.bfloat16), quantization_config=AutoRoundConfig(scheme="W4A16G32"))
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    assert sorted(shapes) == sorted((layer.out_features, layer.in_features) for layer in layers)
+    assert sizes == [rows * columns for rows, columns in shapes], "a copy of more than the matrix that is rounded"
+
+
 def test_placing_it_automatically_counts_packed_sizes(tiny_model, tmp_path):
     config = AutoRoundConfig(scheme="W2A16G32")
     folder = tiny_model("llama")
@@ -124,7 +164,9 @@ def test_the_float_model_can_be_had_again(tiny_model):
     folder, rows = tiny_model("qwen3_moe"), tokens()[:2]
     model = load(folder, quantization_config=AutoRoundConfig(scheme="W4A16G32"))
     logits = model(rows).logits
-    assert torch.allclose(model.dequantize()(rows).logits, logits, atol=1e-5)
+    plain = model.dequantize()
+    assert not [name for name, module in plain.named_modules() if isinstance(module, PackedLinear)]
+    assert torch.allclose(plain(rows).logits, logits, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,20 @@ said += [processes.total(torch.tensor([1.5, processes.index], dtype=torch.float6
 open(f"{sys.argv[2]}-{processes.index}", "w").write(json.dumps(said))
 """
 
+ON_LOAD = """
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+from hf_autoround import AutoRoundConfig
+from hf_autoround.streams.journal import Journal
+def elsewhere(self, *which):
+    raise FileNotFoundError("the journal is on another machine")
+if second:
+    Journal.get = elsewhere
+config = AutoRoundConfig(**json.loads(sys.argv[4]), dataset=list(tokens(16)))
+model = AutoModelForCausalLM.from_pretrained(sys.argv[3], quantization_config=config)
+save_file(model.state_dict(), f"{sys.argv[2]}-loaded-{processes.index}")  # save_pretrained writes in one process only
+"""
+
 
 def launch(*words):
     """Start two processes as torchrun does."""
@@ -115,8 +129,9 @@ def two(tiny_model, tmp_path_factory):
         for name, (architecture, rows, arguments) in group.items():
             cases[str(folder / f"{name} {bits}")] = (str(tiny_model(architecture, dtype)), rows, {**QUICK, **arguments})
     cases[str(folder / "whole")] = (str(tiny_model("qwen3_moe")), 16, TORN)
-    (folder / "script.py").write_text(SCRIPT + EXCHANGES)
-    code, err = ended(launch(folder / "script.py", json.dumps(cases), folder / "said"))
+    (folder / "script.py").write_text(SCRIPT + EXCHANGES + ON_LOAD)
+    on_load = str(tiny_model("qwen3_moe", torch.float64)), json.dumps(QUICK)
+    code, err = ended(launch(folder / "script.py", json.dumps(cases), folder / "said", *on_load))
     assert code == 0, err
     return folder
 
@@ -138,6 +153,12 @@ def test_two_processes_give_the_bits_of_one_in_float64(name, two, tiny_model, tm
     assert same(one, load_file(two / f"{name} 64" / "model.safetensors"))
     untuned = alone(tiny_model(architecture, torch.float64), tmp_path / "untuned", rows, {**arguments, "iters": 0})
     assert any(not torch.equal(tensor, untuned[key]) for key, tensor in one.items() if key.endswith("qweight"))
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_model_that_two_processes_calibrate_while_it_loads_is_that_of_one_in_each(process, two, tiny_model, tmp_path):
+    one = alone(tiny_model("qwen3_moe", torch.float64), tmp_path / "one", 16, {})
+    assert same(one, load_file(two / f"said-loaded-{process}"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -190,6 +190,43 @@ def test_a_tied_head_is_refused(tiny_model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture(scope="module")
+def with_an_idle_expert(tiny_model, tmp_path_factory):
+    """A folder of a model whose routers send each token to one of experts 0 and 2, or to 1, and never to 3."""
+    folder = tmp_path_factory.mktemp("idle") / "model"
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("qwen3_moe"), num_experts_per_tok=1)
+    for layer in model.model.layers[1:]:
+        rows = layer.mlp.gate.weight.data
+        rows[1], rows[3] = -rows[0], 0  # of a and -a one is above 0
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"iters": 0}, {"iters": 6}, {"iters": 6, "enable_adam": True}, {"iters": 6, "momentum": 0.9, "sym": False}],
+    ids=["searched", "tuned", "adam", "momentum, zero points"],
+)
+def test_an_expert_that_no_token_reaches_is_rounded_to_nearest(arguments, with_an_idle_expert, tmp_path):
+    shared = {"scheme": "W3A16", **arguments}
+    run = trainer(str(with_an_idle_expert), tmp_path / "out", **shared)
+    run.train()
+    trainer(str(with_an_idle_expert), tmp_path / "rtn", **{**shared, "iters": 0}, disable_opt_rtn=True).train()
+    found, nearest = (load_file(tmp_path / folder / "model.safetensors") for folder in ("out", "rtn"))
+    assert found.keys() == nearest.keys()
+    blocks = [entry for entry in run.state.log_history if "expert_tokens" in entry]
+    assert len(blocks) == 2
+    for place, block in enumerate(blocks, 1):
+        (counts,) = block["expert_tokens"].values()
+        reached = [count > 0 for count in counts]
+        assert not reached[3] and any(reached) and "rounded without data: " in block["experts"]
+        for expert, seen in enumerate(reached):
+            names = [name for name in found if f"layers.{place}.mlp.experts.{expert}." in name]
+            same = [torch.equal(found[name], nearest[name]) for name in names]
+            assert len(same) == 9 and (all(same) or seen)
+            assert not (seen and all(same)), "nothing was decided"
+
+
 def test_experts_without_tokens_are_rounded_and_reported(tiny_model, tmp_path):
     run = trainer(str(tiny_model("qwen3_moe")), tmp_path / "out", train_dataset=torch.full((8, 8), 5), iters=4)
     run.train()

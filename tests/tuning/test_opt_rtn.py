@@ -9,6 +9,7 @@ from hf_autoround.layers.sites import oriented
 from hf_autoround.scheme import integer_scheme
 from hf_autoround.tuning import BlockTask, TunableWeight, TuningSettings
 from hf_autoround.tuning.opt_rtn import choose_groups, optimized_round_to_nearest, searched
+from hf_autoround.tuning.rtn import nearest
 
 
 def correlated(rows: int, columns: int) -> torch.Tensor:
@@ -40,7 +41,7 @@ def test_outputs_are_nearer_than_by_search_alone(scheme, experts, transposed):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(2)) * 0.05
     parameter = nn.Parameter(oriented(weight, transposed).contiguous())
     rows = correlated(300, 128)
-    # the second expert saw nothing: it is decided all the same
+    # the second expert saw nothing: it is rounded to nearest
     inputs = [rows, rows[:0]] if experts else [rows]
     squares = (
         torch.stack([each.square().sum(0, keepdim=True) for each in inputs]) if experts else rows.square().sum(0, keepdim=True)
@@ -50,6 +51,8 @@ def test_outputs_are_nearer_than_by_search_alone(scheme, experts, transposed):
     found = optimized_round_to_nearest(task, TuningSettings(), lambda *_: False).layers["w"].weight()
     start = tunable.finished(searched(tunable, squares)).weight()
     assert found.shape == weight.shape
+    if experts:
+        assert torch.equal(found[1], nearest(tunable).weight()[1]) and torch.equal(start[1], found[1])
 
     def error(quantized):
         return ((quantized - weight) @ rows.t()).square()[: 1 if experts else None].sum()
