@@ -27,7 +27,8 @@ from hf_autoround.layouts import IntegerLayout
 from hf_autoround.numerics.grouping import group_columns
 
 _GROUPS = (256, 128, 64, 32)  # what the kernel takes
-_ROWS = 512  # rows of the weight dequantized at a time
+_PIECE = 1 << 22  # weights dequantized, then multiplied at a time: after a product the caches are cold
+_SCRATCH = 1 << 18  # of which scaled at a time, in float32
 _FEW = {4: 40, 8: 20}  # rows of inputs up to which the kernel is faster, by width
 
 
@@ -87,34 +88,39 @@ class Int4Codes(Repacked):
         outputs = _kernel(rows, self.high, self.high_scales, self.group)
         return outputs if self.width == 4 else outputs + _kernel(rows, self.low, self.low_scales, self.group)
 
-    def pieces(self, layer: PackedLinear, dtype: torch.dtype) -> Iterator[tuple[Segment, Tensor]]:
-        """Yield the weight transposed, some rows at a time: (K, rows of the segment), its columns in the segment's order.
+    def pieces(self, layer: PackedLinear, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the weight, some rows at a time: (rows, K). A piece is overwritten by the next."""
+        columns, exact = layer.in_features, torch.promote_types(dtype, torch.float32)
+        scales = _by_rows(self.scales(layer, exact))
+        zeros = None if self.zeros is None else _by_rows(self.zeros.to(exact) - self.middle)
+        most = min(max(_PIECE // columns // 64, 1) * 64, layer.out_features)
+        codes, piece = torch.empty(most, columns, dtype=torch.uint8), torch.empty(most, columns, dtype=dtype)
+        scratch = torch.empty(min(max(_SCRATCH // columns, 1), most), columns, dtype=exact)
+        lows = self.order.segments(self.low, most) if self.width == 8 else None
+        for part in self.order.segments(self.high, most):
+            rows, size = slice(part.first, part.last), part.last - part.first
+            numbers = self._numbers(part, None if lows is None else next(lows), codes[:size])
+            for first in range(0, size, len(scratch)):
+                some = slice(first, min(first + len(scratch), size))
+                values = scratch[: some.stop - first].copy_(numbers[some]).unflatten(1, (-1, self.group))
+                if zeros is not None:
+                    values.sub_(zeros[rows][some])
+                piece[some].copy_(values.mul_(scales[rows][some]).flatten(1))
+            yield rows, piece[:size]
 
-        A piece is overwritten by the next.
-        """
-        scales = self.scales(layer, dtype)
-        columns = layer.in_features
-        buffer = torch.empty(columns * min(_ROWS, layer.out_features), dtype=dtype, device=scales.device)
-        lows = self.order.segments(self.low, _ROWS) if self.width == 8 else None
-        for part in self.order.segments(self.high, _ROWS):
-            low = None if lows is None else next(lows).bytes
-            blocks, half = len(part.bytes), len(part.order) // 2
-            piece = buffer[: columns * blocks * 2 * half].view(columns, blocks, 2 * half)
-            for side, codes in enumerate(_halves(part.bytes, low)):
-                signed = self._less_zero(codes, part, slice(side * half, (side + 1) * half))
-                piece[..., side * half : (side + 1) * half].copy_(signed.transpose(0, 1))
-            scale = _in_order(scales, part)
-            piece.view(-1, self.group, blocks * 2 * half).mul_(scale.reshape(-1, 1, blocks * 2 * half))
-            yield part, piece.view(columns, -1)
-
-    def _less_zero(self, codes: Tensor, part: Segment, side: slice) -> Tensor:
-        """Return codes (blocks, K, B / 2) less their zero points, in the smallest type that holds them."""
-        if self.zeros is None:
-            return codes.view(torch.int8).sub_(8) if self.width == 4 else codes.bitwise_xor_(128).view(torch.int8)
-        zeros = _in_order(self.zeros, part)[..., side].transpose(0, 1).unsqueeze(2)  # (blocks, G, 1, B / 2)
-        kind = torch.int8 if self.width == 4 else torch.int16
-        grouped = codes.to(kind).unflatten(1, (-1, self.group))
-        return grouped.sub_(zeros.to(kind)).flatten(1, 2)
+    def _numbers(self, high: Segment, low: Segment | None, codes: Tensor) -> Tensor:
+        """Write a segment's codes into `codes`, and return them less the middle: int8 (rows, K)."""
+        blocks = codes.unflatten(0, (len(high.bytes), -1))
+        low_rows, high_rows = blocks[:, high.side(0)], blocks[:, high.side(1)]
+        above = high.bytes.transpose(1, 2).contiguous()
+        if low is None:
+            torch.bitwise_and(above, 15, out=low_rows)
+            torch.bitwise_right_shift(above, 4, out=high_rows)
+            return codes.view(torch.int8).sub_(8)
+        below = low.bytes.transpose(1, 2).contiguous()
+        torch.bitwise_or(above << 4, below & 15, out=low_rows)
+        torch.bitwise_or(above.bitwise_and_(240), below.bitwise_right_shift_(4), out=high_rows)
+        return codes.bitwise_xor_(128).view(torch.int8)
 
 
 class CPUInt4(Backend):
@@ -151,24 +157,18 @@ def _outputs(layer: PackedLinear, rows: Tensor) -> Tensor:
     dtype = compute_dtype(rows)
     if dtype == torch.bfloat16 and 0 < len(rows) <= _FEW[codes.width]:
         return codes.few(rows.to(dtype)).to(rows.dtype)
-    outputs = []
-    for part, piece in codes.pieces(layer, dtype):
-        product = rows.to(dtype) @ piece
-        if not part.in_order:
-            product = product.unflatten(1, (-1, len(part.order)))[..., part.back].flatten(1)
-        outputs.append(product)
-    return torch.cat(outputs, 1).to(rows.dtype)
+    values, outputs = rows.to(dtype), torch.empty(len(rows), layer.out_features, dtype=dtype)
+    for some, piece in codes.pieces(layer, dtype):
+        torch.mm(values, piece.t(), out=outputs[:, some])
+    return outputs.to(rows.dtype)
 
 
 def _input_gradient(layer: PackedLinear, gradient: Tensor) -> Tensor:
     codes = cast(Int4Codes, layer.repacked)
-    dtype = compute_dtype(gradient)
-    total = torch.zeros(len(gradient), layer.in_features, dtype=torch.promote_types(dtype, torch.float32))
-    for part, piece in codes.pieces(layer, dtype):
-        columns = gradient[:, part.first : part.last].to(dtype)
-        if not part.in_order:
-            columns = columns.unflatten(1, (-1, len(part.order)))[..., part.order].flatten(1)
-        total += columns @ piece.t()
+    values = gradient.to(compute_dtype(gradient))
+    total = torch.zeros(len(gradient), layer.in_features, dtype=torch.promote_types(values.dtype, torch.float32))
+    for some, piece in codes.pieces(layer, values.dtype):
+        total += values[:, some] @ piece
     return total.to(gradient.dtype)
 
 
@@ -187,17 +187,6 @@ def _kernel(rows: Tensor, packed: Tensor, scales: Tensor, group: int) -> Tensor:
     return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, group, scales)
 
 
-def _halves(high: Tensor, low: Tensor | None) -> Iterator[Tensor]:
-    """Yield the codes in the low halves of the bytes, then those in the high halves; `low`: the low four bits of 8."""
-    if low is None:
-        yield high & 15
-        yield high >> 4
-    else:
-        yield (high << 4) | (low & 15)
-        yield (high & 240) | (low >> 4)
-
-
-def _in_order(values: Tensor, part: Segment) -> Tensor:
-    """Return the columns of (G, N) that a segment holds, in its order: (G, blocks, B)."""
-    columns = values[:, part.first : part.last].unflatten(1, (-1, len(part.order)))
-    return columns if part.in_order else columns[..., part.order]
+def _by_rows(groups: Tensor) -> Tensor:
+    """Return (G, N) as (N, G, 1)."""
+    return groups.t().unsqueeze(2).contiguous()

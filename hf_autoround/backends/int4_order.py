@@ -41,6 +41,12 @@ class Segment:
         """Where each of a block's rows lies in `order`."""
         return sorted(range(len(self.order)), key=self.order.__getitem__)
 
+    def side(self, side: int) -> slice:
+        """Return which of a block's rows lie in the low (0) or in the high (1) halves."""
+        half = len(self.order) // 2
+        rows = self.order[side * half : (side + 1) * half]
+        return slice(rows[0], rows[-1] + 1, rows[1] - rows[0])
+
 
 @dataclass(frozen=True)
 class Int4Order:
