@@ -32,9 +32,11 @@ from hf_autoround.tuning.task import BlockResult, TunableWeight
 
 @dataclass(frozen=True)
 class EndToEndSettings:
-    """How the stage goes. `lr` None is 0.19 / sqrt(steps); `norm_lr` is relative to the size of a norm's weights. With `left`
-    going from 1 to 0, the rate of the rounding falls as left^1.25, the others as left^2: what they still move near the end
-    is noise (tinystories at 2 bits, held-out KL: .340 against .350 when all fall linearly). Held-out samples choose the best of the steps that are multiples of `measure_every`.
+    """How the stage goes. `lr` None is 0.19 / sqrt(steps); `norm_lr` is relative to the size of a norm's weights. Held-out
+    samples choose the best of the steps that are multiples of `measure_every`.
+
+    With `left` going from 1 to 0 the rate of the rounding falls as left^1.25, the others as left^2: what they move near the
+    end is noise (tinystories at 2 bits, held-out KL: .340 against .350 when all fall linearly).
     """
 
     steps: int = 250
