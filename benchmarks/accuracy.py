@@ -10,12 +10,14 @@ Both tools get the same rows of tokens. The judge loads every checkpoint in floa
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+LATE = 32  # positions from here on are judged apart: some models are over-confident after BOS
 RUN = """
 import json, os, resource, sys, time
 os.environ["HF_HUB_OFFLINE"] = "1"  # or one of the tools waits for a network that is not needed
@@ -34,17 +36,18 @@ print("RESULT", json.dumps([time.perf_counter() - start, cpu() - before, peak]))
 """
 OURS = """
 from hf_autoround import AutoRound
-recipes = {"rtn": "rtn", "opt_rtn": "opt-rtn", "light": "light", "default": "default", "best": "best"}
+recipes = {"opt_rtn": "opt-rtn", "e2e": "e2e", "e2e_light": "e2e-light", "e2e_best": "e2e-best"}
 def quantize(job, tokens):
     extra = {"iters": job["iters"]} if job.get("iters") else {}
-    AutoRound(job["model"], scheme=job["scheme"], recipe=recipes[job["recipe"]], dataset=tokens, seqlen=tokens.shape[1],
+    AutoRound(job["model"], scheme=job["scheme"], recipe=recipes.get(job["recipe"], job["recipe"]), dataset=tokens, seqlen=tokens.shape[1],
               nsamples=len(tokens), seed=job["seed"], disable_tqdm=True, **extra).quantize_and_save(job["out"])
 """
 PEER = """
 from transformers import AutoTokenizer
 from auto_round import AutoRound
 recipes = {"rtn": dict(iters=0, disable_opt_rtn=True), "opt_rtn": dict(iters=0), "light": dict(iters=50, lr=5e-3),
-           "default": dict(iters=200), "best": dict(iters=1000)}
+           "default": dict(iters=200), "v2": dict(iters=200, enable_alg_ext=True), "best": dict(iters=1000)}
+recipes |= {"e2e": recipes["default"], "e2e_light": recipes["light"], "e2e_best": recipes["best"]}  # what each stands beside
 def quantize(job, tokens):
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     AutoRound(job["model"], tokenizer, scheme=job["scheme"], dataset=[row[None] for row in tokens], seqlen=tokens.shape[1],
@@ -74,8 +77,9 @@ class Judge:
         self.test, self.held_out = test, held_out
         self.float_model = self.load(model)
 
-    def scores(self, folder: Path) -> tuple[float, float]:
-        """Return perplexity on the test rows and mean KL(float || quantized) per token of the held-out ones."""
+    def scores(self, folder: Path) -> tuple[float, float, float, float]:
+        """Return perplexity on the test rows and mean KL(float || quantized) per token of the held-out ones, then both over
+        positions from 32 on alone."""
         import torch
         from torch.nn import functional as F
 
@@ -84,13 +88,17 @@ class Judge:
         model = self.load(folder)
         if getattr(model, "hf_quantizer", None) is not None:
             model = model.dequantize()
-        total = count = 0
+        divergences, losses = [], []
         with torch.inference_mode():
             for batch in self.held_out.split(8):
                 p, q = (F.log_softmax(m(batch, use_cache=False).logits[:, :-1].float(), -1) for m in (self.float_model, model))
-                total += (p.exp() * (p - q)).sum().item()
-                count += p.shape[0] * p.shape[1]
-        return perplexity(model, self.test), total / count
+                divergences.append((p.exp() * (p - q)).sum(-1))
+            for batch in self.test.split(8):
+                logits = model(batch, use_cache=False).logits[:, LATE - 1 : -1].float()
+                losses.append(F.cross_entropy(logits.flatten(0, 1), batch[:, LATE:].flatten()).item() * len(batch))
+        kl = torch.cat(divergences)
+        late = math.exp(sum(losses) / len(self.test))
+        return perplexity(model, self.test), kl.mean().item(), late, kl[:, LATE:].mean().item()
 
 
 def run(python: str, tool: str, job: dict) -> list[float]:
@@ -131,7 +139,8 @@ def main() -> None:
     judge = Judge(args.model, test[: args.windows or None], calibration[args.nsamples : args.nsamples + 32])
     print(f"float: perplexity {judge.scores(Path(args.model))[0]:.3f}   {args.threads} thread(s), seeds {args.seeds}", flush=True)
     print(
-        f"{'scheme':<10} {'recipe':<8} {'tool':<13} {'perplexity':>20} {'KL':>8} {'wall s':>8} {'CPU s':>8} {'peak MB':>8}",
+        f"{'scheme':<10} {'recipe':<9} {'tool':<13} {'perplexity':>26} {'KL':>8} {'late ppl':>9} {'late KL':>8} "
+        f"{'wall s':>8} {'CPU s':>8} {'peak MB':>8}",
         flush=True,
     )
     tools = [("hf_autoround", sys.executable, OURS)] + ([("auto-round", args.peer, PEER)] if args.peer else [])
@@ -140,7 +149,7 @@ def main() -> None:
         for scheme in args.schemes:
             for recipe in args.recipes:
                 results: dict[str, list] = {name: [] for name, _, _ in tools}
-                for seed in args.seeds if recipe in ("light", "default", "best") else args.seeds[:1]:
+                for seed in args.seeds if "rtn" not in recipe else args.seeds[:1]:
                     for name, python, tool in tools:
                         out = Path(work) / f"{name}-{scheme}-{recipe}-{seed}"
                         job = {"model": args.model, "scheme": scheme, "recipe": recipe, "seed": seed, "threads": args.threads,
@@ -153,8 +162,8 @@ def main() -> None:
                     each = "/".join(f"{value[0]:.2f}" for value in values)
                     shown = f"{mean[0]:.2f} ({each})" if len(values) > 1 else f"{mean[0]:.2f}"
                     print(
-                        f"{scheme:<10} {recipe:<8} {name:<13} {shown:>26} {mean[1]:>8.4f} "
-                        f"{mean[2]:>8.1f} {mean[3]:>8.1f} {mean[4]:>8.0f}",
+                        f"{scheme:<10} {recipe:<9} {name:<13} {shown:>26} {mean[1]:>8.4f} {mean[2]:>9.2f} {mean[3]:>8.4f} "
+                        f"{mean[4]:>8.1f} {mean[5]:>8.1f} {mean[6]:>8.0f}",
                         flush=True,
                     )
 
