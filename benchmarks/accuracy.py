@@ -39,7 +39,8 @@ from hf_autoround import AutoRound
 recipes = {"opt_rtn": "opt-rtn", "e2e": "e2e", "e2e_light": "e2e-light", "e2e_best": "e2e-best"}
 def quantize(job, tokens):
     extra = {"iters": job["iters"]} if job.get("iters") else {}
-    AutoRound(job["model"], scheme=job["scheme"], recipe=recipes.get(job["recipe"], job["recipe"]), dataset=tokens, seqlen=tokens.shape[1],
+    recipe = recipes.get(job["recipe"], job["recipe"])
+    AutoRound(job["model"], scheme=job["scheme"], recipe=recipe, dataset=tokens, seqlen=tokens.shape[1],
               nsamples=len(tokens), seed=job["seed"], disable_tqdm=True, **extra).quantize_and_save(job["out"])
 """
 PEER = """

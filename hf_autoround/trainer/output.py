@@ -81,7 +81,9 @@ class OutputFolder:
         except OSError as error:
             raise OutputError(f"cannot write to {self.folder}: {error.strerror}") from error
 
-    def refuse_full_disk(self, lazy: LazyModel, plan: QuantPlan, keys: list[SourceKey], journal: bool) -> None:
+    def refuse_full_disk(
+        self, lazy: LazyModel, plan: QuantPlan, keys: list[SourceKey], journal: bool, end_to_end: bool = False
+    ) -> None:
         """Raise OutputError if what will be written does not fit on the disk."""
         needed = 0
         for target in self.formats:
@@ -93,6 +95,8 @@ class OutputFolder:
         if journal:  # a byte for each code, and the scales
             needed += sum(int(1.1 * site.shape[0] * site.shape[1]) for site in plan.sites)
             needed -= sum(path.stat().st_size for path in self.journal.glob("*.safetensors"))
+        if end_to_end:  # two checkpoints with rounding in float16, two best results, while one replaces the other
+            needed += sum(int(6.5 * site.shape[0] * site.shape[1]) for site in plan.sites)
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise OutputError(

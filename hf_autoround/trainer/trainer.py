@@ -240,7 +240,9 @@ class RoundingTrainer:
 
     def _open_journal(self, run: Run, resume: bool) -> Journal:
         run.output.claim(resume)
-        run.output.refuse_full_disk(run.lazy, run.plan, run.keys, journal=run.streams_blocks)
+        run.output.refuse_full_disk(
+            run.lazy, run.plan, run.keys, journal=run.streams_blocks, end_to_end=self.args.end_to_end_steps > 0
+        )
         journal = Journal(run.output.journal, run.signature())
         journal.start()
         return journal

@@ -84,7 +84,7 @@ RUN = """
     sys.path.insert(0, {tests!r})
     from tiny import tokens
     from hf_autoround import RoundingArguments, RoundingTrainer
-    args = RoundingArguments(output_dir=sys.argv[1], scheme="W2A16G32", iters=40, format="auto_round,fake", disable_tqdm=True)
+    args = RoundingArguments(output_dir=sys.argv[1], scheme="W2A16G32", format="auto_round,fake", disable_tqdm=True, **{more!r})
     RoundingTrainer({model!r}, args, train_dataset=tokens(32, 32)).train(resume_from_checkpoint=True)
 """
 
@@ -93,8 +93,23 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_killed_and_resumed_equals_undisturbed(tiny_model, tmp_path):
-    script = textwrap.dedent(RUN.format(tests=str(Path(__file__).parents[1]), model=str(tiny_model("qwen3_moe"))))
+BLOCKS = (".autoround-journal/manifest.json", "**/block-00000.safetensors", "**/block-00001.safetensors", ".partial/*")
+WHOLE = (
+    ".autoround-journal/sampled.safetensors",
+    "**/best-000000.partial/*",
+    "**/checkpoint-000004/progress.json",
+    "**/checkpoint-000008.partial/*",
+    "**/finished.json",
+)
+
+
+@pytest.mark.parametrize(
+    ("more", "moments"),
+    [({"iters": 40}, BLOCKS), ({"iters": 0, "end_to_end_steps": 12, "save_steps": 4, "self_samples": 8}, WHOLE)],
+    ids=["blocks", "end to end"],
+)
+def test_killed_and_resumed_equals_undisturbed(more, moments, tiny_model, tmp_path):
+    script = textwrap.dedent(RUN.format(tests=str(Path(__file__).parents[1]), model=str(tiny_model("qwen3_moe")), more=more))
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
     def start(folder):
@@ -102,7 +117,7 @@ def test_killed_and_resumed_equals_undisturbed(tiny_model, tmp_path):
 
     assert start(tmp_path / "whole").wait() == 0
     torn, kills = tmp_path / "torn", 0
-    for pattern in (".autoround-journal/manifest.json", "**/block-00000.safetensors", "**/block-00001.safetensors", ".partial/*"):
+    for pattern in moments:
         process = start(torn)
         deadline = time.time() + 120
         while process.poll() is None and not list(torn.glob(pattern)) and time.time() < deadline:

@@ -28,6 +28,8 @@ FLOAT64 = {
     "experts": ("qwen3_moe", 16, {"batch_size": 4}),
     "momentum, two batches a step": ("llama", 16, {"batch_size": 4, "gradient_accumulate_steps": 2, "momentum": 0.9}),
     "adam, zero points": ("llama", 16, {"enable_adam": True, "sym": False}),
+    "end to end": ("llama", 19, {"iters": 2, "end_to_end_steps": 4, "batch_size": 3, "quant_lm_head": True}),
+    "end to end, experts": ("qwen3_moe", 16, {"iters": 0, "end_to_end_steps": 3, "batch_size": 4}),
     "float inputs": ("llama", 16, {"enable_quanted_input": False}),
     "text of its own": ("qwen3_moe", "self:num=13", {"seqlen": 24, "batch_size": 4}),
 }
@@ -151,7 +153,9 @@ def test_two_processes_give_the_bits_of_one_in_float64(name, two, tiny_model, tm
     architecture, rows, arguments = FLOAT64[name]
     one = alone(tiny_model(architecture, torch.float64), tmp_path / "one", rows, arguments)
     assert same(one, load_file(two / f"{name} 64" / "model.safetensors"))
-    untuned = alone(tiny_model(architecture, torch.float64), tmp_path / "untuned", rows, {**arguments, "iters": 0})
+    untuned = alone(
+        tiny_model(architecture, torch.float64), tmp_path / "untuned", rows, {**arguments, "iters": 0, "end_to_end_steps": 0}
+    )
     assert any(not torch.equal(tensor, untuned[key]) for key, tensor in one.items() if key.endswith("qweight"))
 
 
