@@ -96,10 +96,10 @@ def contents(folder):
 BLOCKS = (".autoround-journal/manifest.json", "**/block-00000.safetensors", "**/block-00001.safetensors", ".partial/*")
 WHOLE = (
     ".autoround-journal/sampled.safetensors",
-    "**/best-000000.partial/*",
-    "**/checkpoint-000004/progress.json",
-    "**/checkpoint-000008.partial/*",
-    "**/finished.json",
+    "**/best-000000",
+    "**/checkpoint-000004",
+    "**/checkpoint-000008",
+    ".partial/*",
 )
 
 
