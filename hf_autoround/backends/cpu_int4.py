@@ -114,12 +114,12 @@ class Int4Codes(Repacked):
         low_rows, high_rows = blocks[:, high.side(0)], blocks[:, high.side(1)]
         above = high.bytes.transpose(1, 2).contiguous()
         if low is None:
-            torch.bitwise_and(above, 15, out=low_rows)
-            torch.bitwise_right_shift(above, 4, out=high_rows)
+            low_rows.copy_(above & 15)  # without out=, which torch.compile refuses for a view
+            high_rows.copy_(above.bitwise_right_shift_(4))
             return codes.view(torch.int8).sub_(8)
         below = low.bytes.transpose(1, 2).contiguous()
-        torch.bitwise_or(above << 4, below & 15, out=low_rows)
-        torch.bitwise_or(above.bitwise_and_(240), below.bitwise_right_shift_(4), out=high_rows)
+        low_rows.copy_((above << 4).bitwise_or_(below & 15))
+        high_rows.copy_(above.bitwise_and_(240).bitwise_or_(below.bitwise_right_shift_(4)))
         return codes.bitwise_xor_(128).view(torch.int8)
 
 
@@ -159,7 +159,7 @@ def _outputs(layer: PackedLinear, rows: Tensor) -> Tensor:
         return codes.few(rows.to(dtype)).to(rows.dtype)
     values, outputs = rows.to(dtype), torch.empty(len(rows), layer.out_features, dtype=dtype)
     for some, piece in codes.pieces(layer, dtype):
-        torch.mm(values, piece.t(), out=outputs[:, some])
+        outputs[:, some] = values @ piece.t()
     return outputs.to(rows.dtype)
 
 

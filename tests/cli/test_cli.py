@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from hf_autoround import __version__
-from hf_autoround.cli.main import best, light, main, opt_rtn, rtn
+from hf_autoround.cli.main import best, e2e, e2e_best, e2e_light, light, main, opt_rtn, rtn
 from hf_autoround.scheme import PRESETS
 from hf_autoround.trainer.arguments import RECIPES, recipe
 
@@ -121,13 +121,16 @@ def test_flags_reach_the_run(tiny_model, tmp_path, capsys):
 
 
 def test_recipes_have_commands(capsys):
-    for command in (best, light, opt_rtn, rtn):
+    for command in (best, e2e, e2e_best, e2e_light, light, opt_rtn, rtn):
         with pytest.raises(SystemExit):
             sys.argv = ["hf-autoround", "--help"]
             command()
         assert "hf-autoround-" in capsys.readouterr().out
     assert recipe("best").iters == 1000 and recipe("light").iters == 50 and recipe("rtn").algorithm == "rtn"
-    assert recipe("opt-rtn").algorithm == "opt_rtn" and set(RECIPES) == {"default", "best", "light", "opt-rtn", "rtn"}
+    assert recipe("opt-rtn").algorithm == "opt_rtn"
+    steps = {name: recipe(name).end_to_end_steps for name in ("e2e", "e2e-light", "e2e-best", "default")}
+    assert steps == {"e2e": 250, "e2e-light": 50, "e2e-best": 1000, "default": 0}
+    assert set(RECIPES) == {"default", "best", "light", "e2e", "e2e-light", "e2e-best", "opt-rtn", "rtn"}
 
 
 def test_the_demo_runs_and_tuning_helps(capsys, tmp_path):
