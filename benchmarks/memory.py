@@ -34,6 +34,8 @@ torch.set_num_threads(2)
 from hf_autoround import AutoRound
 model, out, mode = sys.argv[1:]
 extra = dict(recipe="rtn") if mode == "rtn" else dict(iters=4, nsamples=16, seqlen=256)
+if mode in ("resident", "streamed"):  # end to end
+    extra = dict(iters=0, end_to_end_steps=2, residence=mode, nsamples=16, seqlen=256)
 data = torch.randint(0, 4000, (16, 256), generator=torch.Generator().manual_seed(0))
 AutoRound(model, scheme="W4A16", dataset=data, disable_tqdm=True, **extra).quantize_and_save(out)
 """
@@ -120,7 +122,7 @@ def main() -> None:
             make_model(model, layers)
         for mode in args.modes:
             tools = [("hf_autoround", sys.executable, OURS)] if mode != "model-free" else []
-            tools += [("auto-round 0.16.1", args.peer, PEER)] if args.peer else []
+            tools += [("auto-round 0.16.1", args.peer, PEER)] if args.peer and mode not in ("resident", "streamed") else []
             for name, python, script in tools:
                 with tempfile.TemporaryDirectory() as out:
                     anon, file, seconds = peak([python, "-c", script, str(model), f"{out}/out", mode])
