@@ -46,6 +46,17 @@ class StreamSettings:
 
 
 @dataclass(frozen=True)
+class PlannedModel:
+    """What is walked: a model whose weights are in files, its parts, what becomes of its weights, and the samples (N, T)
+    that pass through it, those of all processes."""
+
+    lazy: LazyModel
+    parts: ModelParts
+    plan: QuantPlan
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
 class Unit:
     """Consecutive blocks that are quantized together (or the head): the key of the journal, and their names."""
 
@@ -66,19 +77,12 @@ def units(parts: ModelParts, plan: QuantPlan, nblocks: int) -> list[Unit]:
 class BlockWalk:
     """The two chains of activations, float and quantized, as they pass through the blocks."""
 
-    def __init__(
-        self,
-        lazy: LazyModel,
-        parts: ModelParts,
-        plan: QuantPlan,
-        tokens: Tensor,
-        batch_size: int,
-        settings: StreamSettings,
-    ) -> None:
+    def __init__(self, model: PlannedModel, batch_size: int, settings: StreamSettings) -> None:
+        lazy, parts, plan = model.lazy, model.parts, model.plan
         self.lazy, self.parts, self.plan, self.settings = lazy, parts, plan, settings
-        self.processes, self.samples = settings.processes, len(tokens)
-        self.share = share_of(len(tokens), batch_size, self.processes)
-        self.tokens = tokens[self.share.own]
+        self.processes, self.samples = settings.processes, len(model.tokens)
+        self.share = share_of(self.samples, batch_size, self.processes)
+        self.tokens = model.tokens[self.share.own]
         self.device = settings.placement.main
         self.parameters = plan.parameters()
         self.schemes = {name: scheme for name, (scheme, _) in self.parameters.items()}

@@ -13,12 +13,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, Protocol
 
-from torch import Tensor
-
-from hf_autoround.models.blocks import ModelParts
-from hf_autoround.models.loading import LazyModel
-from hf_autoround.planning.plan import QuantPlan
-from hf_autoround.streams.block_walk import BlockWalk, StreamSettings, units
+from hf_autoround.streams.block_walk import BlockWalk, PlannedModel, StreamSettings, units
 from hf_autoround.streams.journal import Journal
 from hf_autoround.tuning import BlockAlgorithm, BlockResult, TuningSettings
 
@@ -33,27 +28,24 @@ class StreamEvents(Protocol):
 
 
 def stream_blocks(
-    lazy: LazyModel,
-    parts: ModelParts,
-    plan: QuantPlan,
-    tokens: Tensor,
+    model: PlannedModel,
     algorithm: BlockAlgorithm,
     tuning: TuningSettings,
     settings: StreamSettings,
     journal: Journal,
     events: StreamEvents,
 ) -> None:
-    """Bring every block of the model into the journal. `tokens` are the calibration samples, those of all processes.
+    """Bring every block of the model into the journal.
 
     Raises CheckpointError or CalibrationError naming the layer whose weights or outputs are not finite.
     """
-    all_units, main = units(parts, plan, settings.nblocks), settings.processes.from_main
+    all_units, main = units(model.parts, model.plan, settings.nblocks), settings.processes.from_main
     done = main(lambda: {unit.key: journal.record(unit.key) for unit in all_units if journal.has(unit.key)})
     if len(done) == len(all_units):
         for place, unit in enumerate(all_units):
             events.block_ends(place, unit.key, done[unit.key])
         return
-    walk = BlockWalk(lazy, parts, plan, tokens, tuning.batch_size, settings)
+    walk = BlockWalk(model, tuning.batch_size, settings)
     walk.begin()
     for place, unit in enumerate(all_units):
         finished = unit.key in done

@@ -22,12 +22,10 @@ import torch
 from torch import Tensor
 
 from hf_autoround.errors import CalibrationError
-from hf_autoround.models.blocks import ModelParts
 from hf_autoround.models.head import Head
-from hf_autoround.models.loading import LazyModel, load_keys
+from hf_autoround.models.loading import load_keys
 from hf_autoround.models.walk import BlockRunner
-from hf_autoround.planning.plan import QuantPlan
-from hf_autoround.streams.block_walk import BlockWalk, StreamSettings, Unit, units
+from hf_autoround.streams.block_walk import BlockWalk, PlannedModel, StreamSettings, Unit, units
 from hf_autoround.streams.end_to_end_journal import EndToEndJournal
 from hf_autoround.streams.journal import Journal
 from hf_autoround.streams.shelf import Shelf
@@ -52,13 +50,9 @@ class EndToEndEvents(Protocol):
 
 
 def stream_end_to_end(
-    lazy: LazyModel,
-    parts: ModelParts,
-    plan: QuantPlan,
-    tokens: Tensor,
+    model: PlannedModel,
     tuning: EndToEndSettings,
     settings: StreamSettings,
-    nblocks: int,
     residence: Residence,
     journal: Journal,
     events: EndToEndEvents,
@@ -72,7 +66,7 @@ def stream_end_to_end(
     if over is None:
         with TemporaryDirectory() as elsewhere:
             folder = journal.folder / "mapped" if settings.processes.main else Path(elsewhere)
-            stage = _Stage(lazy, parts, plan, tokens, tuning, settings, nblocks, residence, journal, events, folder)
+            stage = _Stage(BlockWalk(model, tuning.batch_size, settings), tuning, residence, journal, events, folder)
             over = stage.run(), events.log
         main(partial(record.finish, *over))
     else:
@@ -86,22 +80,17 @@ class _Stage:
 
     def __init__(
         self,
-        lazy: LazyModel,
-        parts: ModelParts,
-        plan: QuantPlan,
-        tokens: Tensor,
+        walk: BlockWalk,
         tuning: EndToEndSettings,
-        settings: StreamSettings,
-        nblocks: int,
         residence: Residence,
         journal: Journal,
         events: EndToEndEvents,
         folder: Path,
     ) -> None:
-        self.lazy, self.journal, self.events, self.tuning, self.settings = lazy, journal, events, tuning, settings
+        self.walk, self.lazy, self.settings = walk, walk.lazy, walk.settings
+        self.journal, self.events, self.tuning = journal, events, tuning
         self.record = EndToEndJournal(journal)
-        self.walk = BlockWalk(lazy, parts, plan, tokens, tuning.batch_size, settings)
-        self.units = units(parts, plan, nblocks)
+        self.units = units(walk.parts, walk.plan, walk.settings.nblocks)
         self.products = self.walk.autocast or self.walk.dtype
         if residence == "auto":
             residence = "resident" if self._fits() else "streamed"

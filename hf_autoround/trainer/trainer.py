@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from hf_autoround.errors import AutoRoundError, MissingDependency
 from hf_autoround.formats.base import Format
 from hf_autoround.layers.sites import QuantizedLayer
 from hf_autoround.models.processes import join
-from hf_autoround.streams.block_walk import Unit, units
+from hf_autoround.streams.block_walk import PlannedModel, Unit, units
 from hf_autoround.streams.blocks import stream_blocks
 from hf_autoround.streams.end_to_end import stream_end_to_end
 from hf_autoround.streams.journal import Journal, digests, refuse_other_arguments
@@ -131,16 +132,14 @@ class RoundingTrainer:
             # sampled texts serve the whole model; blocks are decided on the data, or on as many samples if there is none
             for_blocks = tokens[: self.args.nsamples] if whole_steps else tokens
             events = TrainerEvents(self, run.plan, steps_per_block, self.state.num_train_epochs)
-            source = (run.lazy, run.parts, run.plan)
+            model = PlannedModel(run.lazy, run.parts, run.plan, for_blocks)
             try:
-                stream_blocks(*source, for_blocks, algorithm, self.args.tuning(), run.settings, journal, events)
+                stream_blocks(model, algorithm, self.args.tuning(), run.settings, journal, events)
                 if whole_steps:
                     journal = stream_end_to_end(
-                        *source,
-                        tokens,
+                        replace(model, tokens=tokens),
                         self.args.end_to_end(),
                         run.settings,
-                        self.args.nblocks,
                         "streamed" if self.args.low_gpu_mem_usage else self.args.residence,
                         journal,
                         EndToEndTrainerEvents(self, whole_steps, block_steps, len(all_units)),

@@ -19,7 +19,7 @@ from hf_autoround.models.blocks import find_sites, model_parts
 from hf_autoround.models.loading import open_model
 from hf_autoround.planning.resolve import resolve_plan
 from hf_autoround.scheme import integer_scheme
-from hf_autoround.streams.block_walk import StreamSettings, units
+from hf_autoround.streams.block_walk import PlannedModel, StreamSettings, units
 from hf_autoround.streams.blocks import stream_blocks
 from hf_autoround.streams.journal import Journal
 from hf_autoround.streams.shards import FromJournal, rounded, source_keys, stream_checkpoint
@@ -53,7 +53,8 @@ def test_the_shard_stream_equals_the_block_stream(name, tiny_model, tmp_path):
     keys = source_keys(lazy, plan)
     journal = Journal(tmp_path / "journal", {})
     journal.start()
-    stream_blocks(lazy, parts, plan, tokens(), ALGORITHMS["rtn"], TuningSettings(), StreamSettings(), journal, Silent())
+    model = PlannedModel(lazy, parts, plan, tokens())
+    stream_blocks(model, ALGORITHMS["rtn"], TuningSettings(), StreamSettings(), journal, Silent())
     unit_of = {block: unit.key for unit in units(parts, plan, 1) for block in unit.names}
     results = FromJournal(journal, plan, lambda parameter: unit_of[parts.block_names[parts.block_of(parameter)]])
     shards = list(stream_checkpoint(lazy, keys, rounded(plan, torch.device("cpu"))))
