@@ -30,6 +30,8 @@ _SIZES = dict(
 
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**_SIZES, tie_word_embeddings=False),
+    # groups of 128 are whole
+    "llama_wide": LlamaConfig(**{**_SIZES, "hidden_size": 128, "intermediate_size": 256}, tie_word_embeddings=False),
     "llama_tied": LlamaConfig(**_SIZES, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=False),
     "qwen3_moe": Qwen3MoeConfig(

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from hf_autoround.cli.parser import Parser
 from hf_autoround.layers.sites import WeightSite
-from hf_autoround.scheme import PRESETS, Scheme, integer_scheme
+from hf_autoround.scheme import PRESETS, Scheme, integer_scheme, resolve_scheme
 
 if TYPE_CHECKING:
     from hf_autoround.backends import Backend
+    from hf_autoround.formats import Format
 
 _SITE = WeightSite("layer", "layer.weight", (4096, 4096))  # an ordinary layer
 
@@ -31,13 +32,22 @@ def formats() -> str:
     """Return the formats, and which scheme each stores."""
     from hf_autoround.formats import FORMATS
 
-    lines = [f"{target.name:<12} {target.runtimes}" for target in FORMATS]
-    lines += ["", f"{'scheme':<12} " + " ".join(f"{target.name:<12}" for target in FORMATS)]
+    width = max(len(target.name) for target in FORMATS)
+    lines = [f"{target.name:<{width}} {target.runtimes}" for target in FORMATS]
+    lines += ["", f"{'scheme':<12} " + " ".join(f"{target.name:<{width}}" for target in FORMATS)]
     for scheme in _quantizing():
-        cells = ["yes" if target.refuse(_SITE, scheme) is None else "-" for target in FORMATS]
-        lines.append(f"{scheme.name:<12} " + " ".join(f"{cell:<12}" for cell in cells))
-    lines += ["", "Asymmetric grids (--asym) and any other group size (--group_size) can be stored wherever the scheme can."]
+        cells = [_cell(target, scheme) for target in FORMATS]
+        lines.append(f"{scheme.name:<12} " + " ".join(f"{cell:<{width}}" for cell in cells))
+    few = ", ".join(target.name for target in FORMATS if target.refuse(_SITE, integer_scheme(4, 256)))
+    lines += ["", f"sym: no asymmetric grid (--asym). Any other group size (--group_size) can be stored, but not by {few}."]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(target: Format, scheme: Scheme) -> str:
+    """Return which of a scheme's grids a format stores."""
+    if target.refuse(_SITE, scheme) is not None:
+        return "-"
+    return "sym" if target.refuse(_SITE, resolve_scheme(scheme, sym=False)) else "yes"
 
 
 def schemes() -> str:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files: which layout, which configuration, which container.
 
-To add a format: write `formats/<name>.py` with a class of `formats.base.Format`'s methods and add it to FORMATS; the
+To add a format: write `formats/<name>.py` with a subclass of `formats.base.Format` and add it to FORMATS; the
 command line, `hf-autoround list formats` and the law tests read it from there.
 """
 
@@ -15,13 +15,21 @@ from hf_autoround.formats.auto_round import AutoRoundFormat, read_auto_round_con
 from hf_autoround.formats.base import Format, StoredPlan, StoredTensor
 from hf_autoround.formats.compressed_tensors import read_compressed_tensors_config
 from hf_autoround.formats.fake import FakeFormat
+from hf_autoround.formats.mlx import AutoRoundMLXFormat, MLXFormat, read_mlx_config
 from hf_autoround.layers.sites import WeightSite
 from hf_autoround.models.float8_source import refuse_source
 from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.registry import find
 from hf_autoround.scheme import Scheme
 
-FORMATS: tuple[Format, ...] = (AutoRoundFormat(), AutoGPTQFormat(), AutoAWQFormat(), FakeFormat())
+FORMATS: tuple[Format, ...] = (
+    AutoRoundFormat(),
+    AutoGPTQFormat(),
+    AutoAWQFormat(),
+    MLXFormat(),
+    AutoRoundMLXFormat(),
+    FakeFormat(),
+)
 
 _READERS: dict[str, Callable[[Mapping[str, Any]], StoredPlan]] = {
     "auto-round": read_auto_round_config,
@@ -29,6 +37,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], StoredPlan]] = {
     "gptq": read_gptq_config,
     "awq": read_awq_config,
     "compressed-tensors": read_compressed_tensors_config,
+    "mlx": read_mlx_config,
 }
 
 
@@ -76,6 +85,7 @@ __all__ = [
     "FORMATS",
     "AutoRoundFormat",
     "Format",
+    "MLXFormat",
     "StoredPlan",
     "StoredTensor",
     "find_formats",

@@ -32,6 +32,10 @@ class Format(Protocol):
     def config(self, plan: QuantPlan, names: Mapping[str, str]) -> dict[str, Any] | None: ...
     def note(self, plan: QuantPlan) -> str | None: ...
 
+    def model_config(self, config: Mapping[str, Any], plan: QuantPlan, names: Mapping[str, str]) -> dict[str, Any]:
+        """Return what config.json says of the model itself: what the source's said, unless the format's readers need more."""
+        return dict(config)
+
 
 _MULTIPLE = 32
 

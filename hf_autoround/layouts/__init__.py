@@ -14,6 +14,7 @@ from torch import Tensor
 from hf_autoround.layouts.awq import AWQ
 from hf_autoround.layouts.gptq import GPTQ
 from hf_autoround.layouts.gptq_indexed import IndexedGPTQ
+from hf_autoround.layouts.mlx import MLX
 from hf_autoround.layouts.pack_quantized import PackQuantized
 from hf_autoround.numerics import QuantizedTensor
 from hf_autoround.scheme import TensorSpec
@@ -44,6 +45,6 @@ class IntegerLayout(Layout, Protocol):
 GPTQ_V1 = GPTQ("gptq", zero_offset=1)
 GPTQ_V2 = GPTQ("gptq_v2", zero_offset=0)
 
-LAYOUTS: tuple[Layout, ...] = (GPTQ_V1, GPTQ_V2, AWQ(), PackQuantized())
+LAYOUTS: tuple[Layout, ...] = (GPTQ_V1, GPTQ_V2, AWQ(), PackQuantized(), MLX())
 
-__all__ = ["AWQ", "GPTQ", "GPTQ_V1", "GPTQ_V2", "LAYOUTS", "IndexedGPTQ", "IntegerLayout", "Layout", "PackQuantized"]
+__all__ = ["AWQ", "GPTQ", "GPTQ_V1", "GPTQ_V2", "LAYOUTS", "MLX", "IndexedGPTQ", "IntegerLayout", "Layout", "PackQuantized"]
