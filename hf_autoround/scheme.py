@@ -114,7 +114,7 @@ def resolve_scheme(scheme: SchemeLike, base: Scheme | None = None, **overrides: 
 
 def _override(scheme: Scheme, given: Mapping[str, Any], base: Scheme | None) -> Scheme:
     bits = given.get("bits", scheme.weight.bits if scheme.weight else 16)
-    if bits == 16 or given.get("data_type") in ("fp", "float", "bf16", "fp16"):
+    if bits == 16 or ("bits" not in given and given.get("data_type") in ("fp", "float", "bf16", "fp16")):
         return BF16
     start = scheme.weight or (base.weight if base else None) or find(PRESETS, "W4A16", kind="scheme").weight
     assert start is not None

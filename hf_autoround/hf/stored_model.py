@@ -125,12 +125,16 @@ def _indexed(layout: Layout) -> Layout:
 
 
 def _scattered_layers(files: list[str], names: Mapping[str, str], stored: StoredPlan) -> set[str]:
-    """Return the layers (by name in memory) whose `g_idx` does not just count."""
+    """Return the layers (by name in memory) whose `g_idx` does not just count. Raises UnsupportedLayer for groups not there."""
     found = set()
     for key, group_of in read_tensors(files, ".g_idx"):
         scheme = stored.scheme_of(key.removesuffix(".g_idx"), True)
         if scheme is None or scheme.weight is None:
             continue
-        if not torch.equal(group_of.to(torch.int32), groups_in_order(len(group_of), scheme.weight.granularity)):
+        in_order = groups_in_order(len(group_of), scheme.weight.granularity)
+        groups = int(in_order[-1]) + 1
+        if not all(-groups <= int(index) < groups for index in group_of.aminmax()):
+            raise UnsupportedLayer(f"{key} names groups that are not there: {scheme.name} makes {groups}; the file is damaged")
+        if not torch.equal(group_of.to(torch.int32), in_order):
             found.add(names[key].removesuffix(".g_idx"))
     return found

@@ -163,8 +163,9 @@ def test_compressed_tensors_of_mixed_bits_load(symmetric, tiny_model, tmp_path):
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "'marlin'"),
         ({"quant_method": "gptq", "bits": 5}, "5 bits"),
         ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"format": "int-quantized"}}}, "'int-quantized'"),
+        ({"quant_method": "auto-round", "bits": 8, "data_type": "fp"}, "data_type 'fp'"),
     ],
-    ids=["gemv", "hqq", "marlin", "5 bits", "int8"],
+    ids=["gemv", "hqq", "marlin", "5 bits", "int8", "float8"],
 )
 def test_what_is_not_read_is_refused_with_a_sentence(changes, says, tiny_model, tmp_path):
     packed, _ = write(tiny_model("llama"), tmp_path / "out", "auto_gptq", scheme="W4A16G32")

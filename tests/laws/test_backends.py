@@ -254,9 +254,13 @@ def test_a_backend_that_cannot_be_had_is_refused_before_anything_is_loaded(tiny_
 
     with pytest.raises(UnknownName, match="did you mean torch"):
         load("torhc")
+    with pytest.raises(UnknownName, match="no backend is called None; there are auto, "):
+        load(None)
     monkeypatch.setattr("hf_autoround.backends.base.find_spec", lambda module: None)
     with pytest.raises(MissingDependency, match="pip install auto-round-lib"):
         load("ark")
+    with pytest.raises(MissingDependency, match="gptqmodel:marlin, gptqmodel:awq_marlin: it needs gptqmodel, which is"):
+        load("marlin")
 
 
 def test_a_backend_that_refuses_says_which_layer_and_why_and_nothing_is_changed():
