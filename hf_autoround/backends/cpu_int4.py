@@ -30,7 +30,7 @@ from hf_autoround.numerics.grouping import group_columns
 _GROUPS = (256, 128, 64, 32)  # what the kernel takes
 _PIECE = 1 << 22  # weights dequantized, then multiplied at a time: after a product the caches are cold
 _SCRATCH = 1 << 18  # of which scaled at a time, in float32
-_FEW = {4: 40, 8: 20}  # rows of inputs up to which the kernel is faster, by width
+_FEW = {4: 48, 8: 32}  # rows of inputs up to which the kernel is faster, by width
 
 
 class Int4Codes(Repacked):
