@@ -3,7 +3,7 @@
 
 The kernel decodes two to five times faster than a bfloat16 `linear`, and from a few dozen rows on is slower than one. There
 the weight is dequantized from the kernel's own order, some rows at a time, and multiplied in bfloat16. That is eight to ten
-passes of torch over the codes, about 1 ns for each weight, whatever M is; a product of 512 rows takes 1.2 ns for each on a
+passes of torch over the codes, 1.2 to 2 ns for each weight, whatever M is; a product of 512 rows takes 1.2 ns for each on a
 processor with AMX, and several times that without.
 
 The kernel computes (code - 8) scale + zero in bfloat16. Other widths are widened to 4 or to 8 bits by zeros below, with a
