@@ -30,29 +30,24 @@ def divergence(student: Logits, teacher: Logits, hidden: Tensor, target: Tensor,
     return total
 
 
-def backward(
-    student: Logits, teacher: Logits, hidden: Tensor, target: Tensor, rows: int, scale: float, chosen: slice = slice(None)
-) -> tuple[Tensor, Tensor]:
+def backward(student: Logits, teacher: Logits, hidden: Tensor, target: Tensor, rows: int, scale: float) -> tuple[Tensor, Tensor]:
     """Return the sum of the KL divergence over positions, and `scale` times its gradient for `hidden`, (R, H).
 
-    If only every nth position is `chosen`, these stand for all: both are estimates. What the student's head was built from
-    gets its gradients as by `Tensor.backward`.
+    What the student's head was built from gets its gradients as by `Tensor.backward`.
     """
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    gradient = torch.zeros_like(hidden)
-    mine, theirs, found = hidden[chosen].detach(), target[chosen], gradient[chosen]
-    weight = len(hidden) / len(mine)
-    for start in range(0, len(mine), rows):
-        leaf = mine[start : start + rows].requires_grad_()
+    gradient = torch.empty_like(hidden)
+    for start in range(0, len(hidden), rows):
+        leaf = hidden[start : start + rows].detach().requires_grad_()
         with torch.no_grad():
-            expected = teacher(theirs[start : start + rows])
+            theirs = teacher(target[start : start + rows])
         with torch.enable_grad():
-            logits = student(leaf)
-        kl, p, q = _compare(logits.detach(), expected)
-        logits.backward(q.sub_(p).mul_(scale * weight).to(logits.dtype))  # d KL / d logits = q - p
+            mine = student(leaf)
+        kl, p, q = _compare(mine.detach(), theirs)
+        mine.backward(q.sub_(p).mul_(scale).to(mine.dtype))  # d KL / d logits = q - p
         total += kl
-        found[start : start + rows] = leaf.grad
-    return total * weight, gradient
+        gradient[start : start + rows] = leaf.grad
+    return total, gradient
 
 
 def _compare(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
