@@ -131,6 +131,7 @@ class CPUInt4(Backend):
     """2 to 8 bits on a CPU, by torch's int4 kernel, in bfloat16; faster than a bfloat16 model at decoding"""
 
     name = "cpu_int4"
+    compiles = True
 
     def refuse(self, layer: PackedLinear, device: torch.device) -> str | None:
         """Return every reason why the kernel cannot run a layer there, or None."""

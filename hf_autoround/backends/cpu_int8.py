@@ -49,6 +49,7 @@ class CPUInt8(Backend):
     """symmetric 8 bits per output channel on a CPU, by torch's int8 kernel, in bfloat16"""
 
     name = "cpu_int8"
+    compiles = True
 
     def refuse(self, layer: PackedLinear, device: torch.device) -> str | None:
         """Return every reason why the kernel cannot run a layer there, or None."""

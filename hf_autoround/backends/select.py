@@ -57,8 +57,8 @@ def select_backend(layer: PackedLinear, name: str, wanted: str = "auto") -> Back
 
 
 @torch.no_grad()
-def assign_backends(model: nn.Module, wanted: str = "auto") -> None:
-    """Give every packed layer of a loaded model its backend, and put the layer into that backend's order.
+def assign_backends(model: nn.Module, wanted: str = "auto") -> tuple[Backend, ...]:
+    """Give every packed layer of a loaded model its backend, put the layer into that backend's order; return the backends.
 
     Layer by layer, so that there is one layer more than the model in memory. Raises UnsupportedLayer, UnknownName or
     MissingDependency.
@@ -72,6 +72,7 @@ def assign_backends(model: nn.Module, wanted: str = "auto") -> None:
     for (backend_name, scheme), count in kinds.items():
         logger.info(f"backend {backend_name}: {count} layers of {scheme}")
     release_memory()
+    return tuple({backend.name: backend for backend in chosen}.values())
 
 
 def _together(reasons: Iterable[tuple[str, str | None]]) -> str:

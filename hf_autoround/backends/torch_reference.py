@@ -12,6 +12,7 @@ class TorchReference(Backend):
     """every layer anywhere, dequantized on every call"""
 
     name = "torch"
+    compiles = True
 
     def refuse(self, layer: PackedLinear, device: torch.device) -> str | None:
         """Refuse nothing."""

@@ -12,6 +12,7 @@ Shapes: M rows, K in features, N out features, G groups, b bits. 32 codes of a c
 (K b / 32, N), qzeros (G, ceil(N b / 32)) int32, scales (G, N).
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 VECTOR_ROWS = 4  # up to here, reading the weight again for each row (from the cache) costs less than padding rows to a tile
 TILED_ROWS = 64  # up to here, writing a dense weight costs more than the product
-PROGRAMS = 256  # enough for every multiprocessor of a large GPU: short outputs share K among programs until there are as many
+PROGRAMS = 256  # enough for every multiprocessor of a large GPU: few tiles share K among programs until there are as many
 
 
 @triton.jit
@@ -37,10 +38,47 @@ def _read_codes(words, position, stride, mask, bits: tl.constexpr):
 
 
 @triton.jit
-def _read_zeros(qzeros, group, column, columns, zero_words, zero_offset: tl.constexpr, bits: tl.constexpr):
-    """Return the zero points of groups and columns, float32."""
-    stored = _read_codes(qzeros + group * zero_words, column, 1, column < columns, bits)
-    return ((stored + zero_offset) & (2**bits - 1)).to(tl.float32)
+def _exponent(columns, bits: tl.constexpr):
+    """Return the bits of 2^bits as float32.
+
+    The compiler is not to know them (`columns >> 31` is 0): as a constant they would cost `_numbers` a third instruction.
+    """
+    return (((127 + bits) << 23) + (columns >> 31)).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _numbers(codes, exponent, place: tl.constexpr, bits: tl.constexpr):
+    """Return codes that start at bit `place` of words as float32, plus 2^bits: exact, and so are differences of such numbers.
+
+    A code becomes the start of a mantissa by one shift and one operation of logic, which is faster than a conversion.
+    """
+    left: tl.constexpr = 23 - bits - place
+    codes = codes << left if left >= 0 else codes >> -left
+    return (codes & ((2**bits - 1) << (23 - bits)) | exponent).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _next_numbers(words, word, exponent, place: tl.constexpr, stride, mask, bits: tl.constexpr):
+    """Return the codes at a place of chunks of 32 as numbers plus 2^bits, and the words that they end in: each is loaded once."""
+    shift: tl.constexpr = place * bits % 32
+    if shift == 0:
+        word = tl.load(words + place * bits // 32 * stride, mask, 0).to(tl.uint32, bitcast=True)
+    if shift + bits <= 32:
+        numbers = _numbers(word, exponent, shift, bits)
+    else:
+        low = word >> shift
+        word = tl.load(words + (place * bits // 32 + 1) * stride, mask, 0).to(tl.uint32, bitcast=True)
+        numbers = _numbers(low | word << (32 - shift), exponent, 0, bits)
+    return numbers, word
+
+
+@triton.jit
+def _zeros_and_scales(
+    qzeros, scales, index, column, columns, zero_words, mask, exponent, zero_offset: tl.constexpr, bits: tl.constexpr
+):
+    """Return the zero points plus 2^bits and the scales of groups and columns, float32."""
+    zeros = _read_codes(qzeros + index * zero_words, column, 1, mask, bits) + zero_offset
+    return _numbers(zeros, exponent, 0, bits), tl.load(scales + index * columns + column, mask, 0).to(tl.float32)
 
 
 @triton.jit
@@ -56,57 +94,48 @@ def _dequantized_tile(
         mask = (row[:, None] * per_word < inner) & inside[None, :]
         words = tl.load(qweight + row[:, None] * columns + column[None, :], mask, 0)
         codes = (words[:, None, :] >> (tl.arange(0, per_word) * bits)[None, :, None]) & (2**bits - 1)
-        codes = tl.reshape(codes, (block_k, column.shape[0]))
+        codes = tl.reshape(codes, (block_k, column.shape[0])).to(tl.uint32, bitcast=True)
     else:
         row = block * block_k + tl.arange(0, block_k)
         mask = (row[:, None] < inner) & inside[None, :]
         codes = _read_codes(qweight + column[None, :], row[:, None], columns, mask, bits)
-    index = block * block_k // group
-    scale = tl.load(scales + index * columns + column, inside, 0).to(tl.float32)
-    zero = _read_zeros(qzeros, index, column, columns, zero_words, zero_offset, bits)
-    return (codes.to(tl.float32) - zero[None, :]) * scale[None, :]
+    index, exponent = block * block_k // group, _exponent(columns, bits)
+    zero, scale = _zeros_and_scales(qzeros, scales, index, column, columns, zero_words, inside, exponent, zero_offset, bits)
+    return (_numbers(codes, exponent, 0, bits) - zero[None, :]) * scale[None, :]
 
 
 @triton.jit
 def _vector_kernel(
-    inputs, qweight, qzeros, scales, outputs, rows, inner, columns, zero_words, tiles_per_split,
+    inputs, qweight, qzeros, scales, outputs, inner, columns, zero_words,
     bits: tl.constexpr, group: tl.constexpr, zero_offset: tl.constexpr, block_n: tl.constexpr, chunks: tl.constexpr,
 ):  # fmt: skip
-    """One row times `block_n` columns. A chunk is 32 codes: its words are read once each and its codes peeled off in order."""
+    """One row times `block_n` columns, `chunks` chunks of 32 inputs at a time."""
     column = tl.program_id(0) * block_n + tl.arange(0, block_n)
-    row, split = tl.program_id(1), tl.program_id(2)
-    inside = column < columns
+    row = tl.program_id(1)
+    exponent = _exponent(columns, bits)
     sums = tl.zeros((chunks, block_n), tl.float32)
-    for tile in range(split * tiles_per_split, (split + 1) * tiles_per_split):
-        chunk = tile * chunks + tl.arange(0, chunks)
+    for first in range(0, inner // 32, chunks):
+        chunk = first + tl.arange(0, chunks)
         exists = chunk * 32 < inner
-        mask = exists[:, None] & inside[None, :]
+        mask = exists[:, None] & (column < columns)[None, :]
         words = qweight + chunk[:, None] * (bits * columns) + column[None, :]
-        products = tl.zeros((chunks, block_n), tl.float32)
-        input_sum = tl.zeros((chunks,), tl.float32)
-        word = tl.load(words, mask, 0).to(tl.uint32, bitcast=True)
-        for place in tl.static_range(32):
-            if place > 0 and place * bits % 32 == 0:
-                word = tl.load(words + place * bits // 32 * columns, mask, 0).to(tl.uint32, bitcast=True)
-            codes = word >> (place * bits % 32)
-            if place * bits % 32 + bits > 32:  # the code goes on in the next word
-                word = tl.load(words + (place * bits // 32 + 1) * columns, mask, 0).to(tl.uint32, bitcast=True)
-                codes |= word << (32 - place * bits % 32)
-            value = tl.load(inputs + row * inner + chunk * 32 + place, exists, 0).to(tl.float32)
-            products += value[:, None] * (codes & (2**bits - 1)).to(tl.float32)
-            input_sum += value
         index = chunk[:, None] * 32 // group
-        scale = tl.load(scales + index * columns + column[None, :], mask, 0).to(tl.float32)
-        zeros = _read_codes(qzeros + index * zero_words, column[None, :], 1, mask, bits)
-        zeros = ((zeros + zero_offset) & (2**bits - 1)).to(tl.float32)
-        sums += (products - zeros * input_sum[:, None]) * scale
-    place_out = outputs + (split * rows + row) * columns + column
-    tl.store(place_out, tl.sum(sums, 0).to(outputs.dtype.element_ty), inside)
+        zero, scale = _zeros_and_scales(
+            qzeros, scales, index, column[None, :], columns, zero_words, mask, exponent, zero_offset, bits
+        )
+        products = tl.zeros((chunks, block_n), tl.float32)
+        word = tl.zeros((chunks, block_n), tl.uint32)
+        for place in tl.static_range(32):
+            number, word = _next_numbers(words, word, exponent, place, columns, mask, bits)
+            value = tl.load(inputs + row * inner + chunk * 32 + place, exists, 0).to(tl.float32)
+            products += value[:, None] * (number - zero)
+        sums += products * scale
+    tl.store(outputs + row * columns + column, tl.sum(sums, 0).to(outputs.dtype.element_ty), column < columns)
 
 
 @triton.jit
 def _tiled_kernel(
-    inputs, qweight, qzeros, scales, outputs, rows, inner, columns, zero_words, blocks_per_split,
+    inputs, qweight, qzeros, scales, outputs, inner, columns, zero_words, rows, blocks_per_split,
     bits: tl.constexpr, group: tl.constexpr, zero_offset: tl.constexpr,
     block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
 ):  # fmt: skip
@@ -129,50 +158,61 @@ def _tiled_kernel(
 @triton.jit
 def _dense_kernel(
     qweight, qzeros, scales, weight, inner, columns, zero_words,
-    bits: tl.constexpr, group: tl.constexpr, zero_offset: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
+    bits: tl.constexpr, group: tl.constexpr, zero_offset: tl.constexpr, block_n: tl.constexpr, chunks: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile of the weight (K, N)."""
-    column = tl.program_id(0) * block_n + tl.arange(0, block_n)
-    block = tl.program_id(1)
-    tile = _dequantized_tile(
-        qweight, qzeros, scales, block, column, inner, columns, zero_words, bits, group, zero_offset, block_k
+    """Write a tile of the weight (K, N): `chunks` chunks of 32 rows. A thread has eight columns, and stores them as 16 bytes."""
+    column = tl.program_id(0) * block_n + tl.arange(0, block_n)[None, :]
+    chunk = tl.program_id(1) * chunks + tl.arange(0, chunks)[:, None]
+    mask = (chunk * 32 < inner) & (column < columns)
+    words, exponent = qweight + chunk * (bits * columns) + column, _exponent(columns, bits)
+    zero, scale = _zeros_and_scales(
+        qzeros, scales, chunk * 32 // group, column, columns, zero_words, mask, exponent, zero_offset, bits
     )
-    k = block * block_k + tl.arange(0, block_k)
-    place_out = weight + k[:, None].to(tl.int64) * columns + column[None, :]  # a large head has more than 2^31 weights
-    tl.store(place_out, tile.to(weight.dtype.element_ty), (k[:, None] < inner) & (column[None, :] < columns))
+    place_out = weight + (chunk * 32).to(tl.int64) * columns + column  # a large head has more than 2^31 weights
+    word = tl.zeros((chunks, block_n), tl.uint32)
+    for place in tl.static_range(32):
+        number, word = _next_numbers(words, word, exponent, place, columns, mask, bits)
+        tl.store(place_out + place * columns, ((number - zero) * scale).to(weight.dtype.element_ty), mask)
 
 
 class Launch(NamedTuple):
-    """A kernel and its sizes: how many rows a program takes, how many inputs each of its steps."""
+    """A kernel, its programs, what it is compiled for, and among how many programs K is shared."""
 
     kernel: triton.runtime.KernelInterface
-    rows: int
-    step: int
-    blocks: dict[str, int]
-    stages: int = 3
+    grid: tuple[int, int, int]
+    sizes: dict[str, int]
+    splits: int = 1
 
 
-def product_launch(rows: int, bits: int, group: int) -> Launch:
-    """Return the kernel for a product with few rows."""
+@cache
+def product_launch(rows: int, inner: int, columns: int, bits: int, group: int) -> Launch:
+    """Return the launch of a product with few rows."""
     if rows <= VECTOR_ROWS:
-        return Launch(_vector_kernel, rows=1, step=16 * 32, blocks=dict(block_n=64, chunks=16))
-    height, step = max(16, triton.next_power_of_2(rows)), _within_group(group)
+        sizes = dict(block_n=32, chunks=64, num_warps=16)
+        return Launch(_vector_kernel, (_parts(columns, 32), rows, 1), sizes)
+    height, step = max(16, 1 << (rows - 1).bit_length()), _within_group(group)
     # codes that straddle words are loaded twice each: four stages would not fit the shared memory of consumer GPUs
-    stages = 4 if 32 % bits == 0 else 2
-    return Launch(_tiled_kernel, height, step, dict(block_m=height, block_n=64, block_k=step), stages)
+    sizes = dict(block_m=height, block_n=64, block_k=step, num_stages=4 if 32 % bits == 0 else 2)
+    wide, tall, steps = _parts(columns, 64), _parts(rows, height), _parts(inner, step)
+    per_split = _parts(steps, max(1, min(PROGRAMS // (wide * tall), steps)))
+    splits = _parts(steps, per_split)
+    return Launch(_tiled_kernel, (wide, tall, splits), sizes | dict(rows=rows, blocks_per_split=per_split), splits)
 
 
-def dense_launch(group: int) -> Launch:
-    """Return the kernel that writes the dense weight."""
-    step = _within_group(group)
-    return Launch(_dense_kernel, rows=0, step=step, blocks=dict(block_n=128, block_k=step))
+@cache
+def dense_launch(inner: int, columns: int) -> Launch:
+    """Return the launch that writes the dense weight."""
+    return Launch(_dense_kernel, (_parts(columns, 256), _parts(inner, 128), 1), dict(block_n=256, chunks=4))
 
 
 def _within_group(group: int) -> int:
     return 64 if group % 64 == 0 else 32
 
 
-@torch.library.custom_op("hf_autoround::gptq_matmul", mutates_args=())
+def _parts(whole: int, part: int) -> int:
+    return -(-whole // part)
+
+
 def gptq_matmul(
     inputs: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int, group: int, zero_offset: int
 ) -> Tensor:
@@ -183,43 +223,47 @@ def gptq_matmul(
         return inputs @ gptq_dense(qweight, qzeros, scales, inner, bits, group, zero_offset, inputs.dtype)
     if rows == 0:
         return inputs.new_empty(0, columns)
-    launch = product_launch(rows, bits, group)
-    wide, tall = triton.cdiv(columns, launch.blocks["block_n"]), triton.cdiv(rows, launch.rows)
-    steps = triton.cdiv(inner, launch.step)
-    per_split = triton.cdiv(steps, max(1, min(PROGRAMS // (wide * tall), steps)))
-    splits = triton.cdiv(steps, per_split)
+    kernel, grid, sizes, splits = product_launch(rows, inner, columns, bits, group)
     # sums of the splits are added afterwards, not atomically: the same inputs give the same bits
-    outputs = inputs.new_empty(splits, rows, columns, dtype=inputs.dtype if splits == 1 else torch.float32)
+    outputs = inputs.new_empty(rows, columns) if splits == 1 else inputs.new_empty(splits, rows, columns, dtype=torch.float32)
     with torch.cuda.device_of(inputs):  # a launch goes to the current GPU, which need not be the layer's
-        launch.kernel[(wide, tall, splits)](
-            inputs.contiguous(), qweight, qzeros, scales, outputs, rows, inner, columns, qzeros.shape[1], per_split,
-            bits=bits, group=group, zero_offset=zero_offset, **launch.blocks, num_stages=launch.stages,
+        kernel[grid](
+            inputs.contiguous(), qweight, qzeros, scales, outputs, inner, columns, qzeros.shape[1],
+            bits=bits, group=group, zero_offset=zero_offset, **sizes,
         )  # fmt: skip
-    return outputs[0] if splits == 1 else outputs.sum(0).to(inputs.dtype)
+    return outputs if splits == 1 else outputs.sum(0).to(inputs.dtype)
 
 
-@torch.library.custom_op("hf_autoround::gptq_dense", mutates_args=())
 def gptq_dense(
     qweight: Tensor, qzeros: Tensor, scales: Tensor, inner: int, bits: int, group: int, zero_offset: int, dtype: torch.dtype
 ) -> Tensor:
     """Return the weight (K, N) in a dtype: what `layer.dequantized(dtype).t()` is, bit for bit."""
-    columns, launch = qweight.shape[1], dense_launch(group)
+    columns = qweight.shape[1]
+    kernel, grid, sizes, _ = dense_launch(inner, columns)
     weight = qweight.new_empty(inner, columns, dtype=dtype)
     with torch.cuda.device_of(qweight):
-        launch.kernel[(triton.cdiv(columns, launch.blocks["block_n"]), triton.cdiv(inner, launch.step))](
+        kernel[grid](
             qweight, qzeros, scales, weight, inner, columns, qzeros.shape[1],
-            bits=bits, group=group, zero_offset=zero_offset, **launch.blocks, num_stages=launch.stages,
+            bits=bits, group=group, zero_offset=zero_offset, **sizes,
         )  # fmt: skip
     return weight
 
 
-@gptq_dense.register_fake
+# The same as operators, which torch.compile takes as they are. Calling an operator costs as much as a launch: eager code calls
+# the functions.
+for _function in (gptq_matmul, gptq_dense):
+    _name = f"hf_autoround::{_function.__name__}"
+    torch.library.define(_name, torch.library.infer_schema(_function, mutates_args=()))
+    torch.library.impl(_name, "default", _function)
+
+
+@torch.library.register_fake("hf_autoround::gptq_matmul")
+def _(inputs: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int, group: int, zero_offset: int) -> Tensor:
+    return inputs.new_empty(inputs.shape[0], qweight.shape[1])
+
+
+@torch.library.register_fake("hf_autoround::gptq_dense")
 def _(
     qweight: Tensor, qzeros: Tensor, scales: Tensor, inner: int, bits: int, group: int, zero_offset: int, dtype: torch.dtype
 ) -> Tensor:
     return qweight.new_empty(inner, qweight.shape[1], dtype=dtype)
-
-
-@gptq_matmul.register_fake
-def _(inputs: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int, group: int, zero_offset: int) -> Tensor:
-    return inputs.new_empty(inputs.shape[0], qweight.shape[1])

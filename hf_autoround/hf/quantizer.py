@@ -21,6 +21,7 @@ from hf_autoround.hf.config import AutoRoundConfig
 from hf_autoround.hf.on_load import FORMAT, RoundWhileLoading, calibrate_loaded, data_on_load, plan_on_load
 from hf_autoround.hf.packed_model import install_packed_layers, restore_float_layers
 from hf_autoround.hf.stored_model import disk_names, read_stored_model
+from hf_autoround.layers.packed_experts import holds_packed_experts
 from hf_autoround.layers.packed_linear import PackedLinear
 from hf_autoround.layouts import Layout
 from hf_autoround.models.blocks import find_sites
@@ -45,6 +46,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
         self.names: dict[str, str] = {}  # of its layers, in memory -> in its files
         self.relayout: Layout | None = None  # for layers whose file has one that kernels do not read
         self.packed_layers: tuple[str, ...] = ()  # by name, when the model was loaded
+        self.compileable = False
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse a backend that cannot be had, arguments that cannot be meant, a placement that cannot be calibrated."""
@@ -126,7 +128,9 @@ class AutoRoundHfQuantizer(HfQuantizer):
                 module.requires_grad_(False)  # transformers makes float parameters trainable
                 if self.relayout is not None:
                     self._relayout(name, module)
-        assign_backends(model, self.quantization_config.backend)
+        backends = assign_backends(model, self.quantization_config.backend)
+        # packed experts look at the router's choice, which breaks a graph
+        self.compileable = all(backend.compiles for backend in backends) and not any(map(holds_packed_experts, model.modules()))
         model.config.quantization_config = self.quantization_config
         return model
 
@@ -143,6 +147,11 @@ class AutoRoundHfQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Say yes: packed weights stay as they are, adapters beside them learn."""
         return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Say whether `generate` may compile the model, as it does with a static cache on a GPU."""
+        return self.compileable
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, Any]]:
         """Make the config true before it is saved; the tensors are saved as they are."""

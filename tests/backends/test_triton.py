@@ -12,7 +12,7 @@ from packed import packed_linear
 
 from hf_autoround.backends.base import missing
 from hf_autoround.backends.triton_gptq import TritonGPTQ
-from hf_autoround.layouts import AWQ, GPTQ_V1
+from hf_autoround.layouts import AWQ, GPTQ_V1, PackQuantized
 
 GPU = torch.device("cuda")  # named, not used: a refusal runs nothing
 
@@ -40,12 +40,15 @@ def test_kernels_compile_for_a_gpu_and_fit_it(capability):
     shared_memory = 99 * 1024  # of one program, where it is smallest: compute capability 8.6, 8.9 and 12.0
     types = {"inputs": "*bf16", "weight": "*bf16", "outputs": "*fp32", "scales": "*fp16", "qweight": "*i32", "qzeros": "*i32"}
     for bits in (3, 4):
-        for launch in (kernels.product_launch(1, bits, 128), kernels.product_launch(64, bits, 128), kernels.dense_launch(128)):
-            names = launch.kernel.arg_names
-            constants = launch.blocks | dict(bits=bits, group=128, zero_offset=1)
+        products = [kernels.product_launch(rows, 256, 256, bits, 128) for rows in (1, 64)]
+        for kernel, _, sizes, _ in (*products, kernels.dense_launch(256, 256)):
+            names = kernel.arg_names
+            given = sizes | dict(bits=bits, group=128, zero_offset=1)
+            constants = {name: given[name] for name in names if name in given}
             signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-            source = ASTSource(launch.kernel, signature, {(names.index(name),): value for name, value in constants.items()})
-            binary = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_stages": launch.stages})
+            source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+            options = {name: value for name, value in sizes.items() if name not in names}
+            binary = triton.compile(source, GPUTarget("cuda", capability, 32), options)
             assert binary.metadata.shared <= shared_memory
 
 
@@ -53,12 +56,13 @@ def test_kernels_compile_for_a_gpu_and_fit_it(capability):
     ("layer", "device", "reason"),
     [
         (packed_linear(4, 32, True, (8, 64)), torch.device("cpu"), "it runs on CUDA and ROCm devices, not on cpu"),
-        (packed_linear(4, 32, True, (8, 64), AWQ()), GPU, "it reads the layouts gptq and gptq_v2, not awq"),
+        (packed_linear(4, 32, True, (8, 64), AWQ()), GPU, None),
+        (packed_linear(4, 32, True, (8, 64), PackQuantized()), GPU, "it cannot read the layout pack_quantized"),
         (packed_linear(4, -1, True, (8, 72)), GPU, "it needs a multiple of 32 inputs, not 72"),
         (packed_linear(4, 48, True, (8, 96)), GPU, "it needs groups of a multiple of 32 inputs, not of 48"),
         (packed_linear(3, 64, False, (7, 96), GPTQ_V1), GPU, None),
     ],
-    ids=["device", "layout", "inputs", "group", "fits"],
+    ids=["device", "awq", "layout", "inputs", "group", "fits"],
 )
 def test_a_refusal_says_why(layer, device, reason, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

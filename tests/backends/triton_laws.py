@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from hf_autoround import AutoRound, AutoRoundConfig
 from hf_autoround.backends.torch_reference import TorchReference
 from hf_autoround.backends.triton_gptq import TritonGPTQ
-from hf_autoround.layouts import GPTQ_V1, GPTQ_V2
+from hf_autoround.layouts import AWQ, GPTQ_V1, GPTQ_V2
 
 pytest.importorskip("triton")
 from hf_autoround.backends import triton_kernels
@@ -101,9 +101,24 @@ def test_a_long_row_shared_among_programs_adds_up(rows, monkeypatch):
     layer, inputs = packed_linear(4, 128, False, (64, 2080)).to(DEVICE), rows_of(rows, 2080, torch.float16)
     split = TRITON.forward(layer, inputs)
     monkeypatch.setattr(triton_kernels, "PROGRAMS", 1)
+    triton_kernels.product_launch.cache_clear()
     whole = TRITON.forward(layer, inputs)
     expected = REFERENCE.forward(layer, inputs)
     assert error(split, expected) < TOLERANCE[torch.float16] and error(whole, expected) < TOLERANCE[torch.float16]
+
+
+def test_a_layer_in_another_layout_is_put_in_order_and_saved_as_it_was():
+    layer = packed_linear(4, 64, False, (40, 256), AWQ()).to(DEVICE)
+    reference = copy.deepcopy(layer)
+    assert TRITON.refuse(layer, DEVICE) is None
+    TRITON.prepare(layer)
+    layer.kernel = TRITON.forward
+    assert "qweight" not in dict(layer.named_parameters())
+    for count in ROWS:
+        inputs = rows_of(count, 256, torch.float16)
+        assert error(layer(inputs), reference(inputs)) < TOLERANCE[torch.float16]
+    saved, before = layer.state_dict(), reference.state_dict()
+    assert saved.keys() == before.keys() and all(torch.equal(saved[name], before[name]) for name in saved)
 
 
 def test_inputs_keep_their_leading_dimensions_may_be_strided_and_follow_autocast():
@@ -135,8 +150,8 @@ def test_the_operators_keep_pytorchs_contract():
     layer = packed_linear(4, 32, False, (24, 64)).to(DEVICE)
     packed = layer.qweight.data, layer.qzeros.data, layer.scales.data
     inputs = rows_of(3, 64, torch.float32)
-    torch.library.opcheck(triton_kernels.gptq_matmul, (inputs, *packed, 4, 32, 1))
-    torch.library.opcheck(gptq_dense, (*packed, 64, 4, 32, 1, torch.float16))
+    torch.library.opcheck(torch.ops.hf_autoround.gptq_matmul.default, (inputs, *packed, 4, 32, 1))
+    torch.library.opcheck(torch.ops.hf_autoround.gptq_dense.default, (*packed, 64, 4, 32, 1, torch.float16))
 
 
 @pytest.mark.parametrize("count", [1, TILED_ROWS + 1])
