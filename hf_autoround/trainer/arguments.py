@@ -80,7 +80,7 @@ class RoundingArguments:
     end_to_end_steps: int = _help(
         "Steps on all blocks together, towards the float model's predictions, after the blocks' own; 0 for none.", default=0
     )
-    end_to_end_lr: float | None = _help("Rate of the rounding there, default 0.19 / sqrt(end_to_end_steps).", default=None)
+    end_to_end_lr: float | None = _help("Rate of the rounding there, default 0.27 / sqrt(steps * blocks).", default=None)
     residence: Residence = _help(
         "Where all blocks are kept for it: resident (on the device), streamed (mapped files, one block on the device), or "
         "auto: what fits.",

@@ -204,7 +204,8 @@ class RoundingTrainer:
             keys = ("iters", "lr", "minmax_lr", "batch_size", "gradient_accumulate_steps", "nblocks", "enable_norm_bias_tuning")
             recipe |= {key: getattr(args, key) for key in keys if getattr(args, key) not in (None, False)}
         if args.end_to_end_steps:
-            recipe |= {"end_to_end_steps": args.end_to_end_steps, "end_to_end_lr": args.end_to_end().rate}
+            lr = args.end_to_end().rate(0, len(run.parts.block_names))
+            recipe |= {"end_to_end_steps": args.end_to_end_steps, "end_to_end_lr": lr}
         if run.data is not None:
             recipe["seed"] = args.seed
         packed = target.config(run.plan, {}) is not None
