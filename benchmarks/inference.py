@@ -66,7 +66,7 @@ best = {}
 for call, tokens in ((generate, 32), (prefill, 512)):
     for one in models:
         call(one)
-    times = [[clock(lambda: call(one)) for one in models] for _ in range(6)]
+    times = [[clock(lambda: call(one)) for one in models] for _ in range(3)]
     ours, base = (min(column) for column in zip(*times))
     best |= {call.__name__: tokens / ours, call.__name__ + " ratio": base / ours}
 print("RESULT", json.dumps(best | {"load": load, "peak": peak - before}))
