@@ -15,12 +15,12 @@ from torch import Tensor
 
 from hf_autoround import __version__
 from hf_autoround.errors import UnsupportedScheme
-from hf_autoround.formats.base import StoredPlan, StoredTensor, refuse_ragged, stored_blocks
+from hf_autoround.formats.base import StoredPlan, StoredTensor, packed_tensors, refuse_ragged, stored_blocks, stored_tensors
 from hf_autoround.layers.sites import QuantizedLayer, WeightSite
 from hf_autoround.layouts import AWQ, GPTQ_V1, GPTQ_V2, Layout
 from hf_autoround.planning.fused import note_mixed
 from hf_autoround.planning.plan import QuantPlan
-from hf_autoround.scheme import BF16, Scheme, resolve_scheme
+from hf_autoround.scheme import BF16, SCHEME_KEYS, Scheme, TensorSpec, resolve_scheme
 
 QUANT_METHOD = "auto-round"
 PACKING: dict[str, Layout] = {
@@ -34,7 +34,7 @@ PACKING: dict[str, Layout] = {
 
 
 class AutoRoundFormat:
-    """Integers of 2 to 8 bits."""
+    """Every data type."""
 
     name = "auto_round"
     runtimes = "hf_autoround, transformers; vLLM and SGLang at 4 and 8 bits"
@@ -42,34 +42,38 @@ class AutoRoundFormat:
     def refuse(self, site: WeightSite, scheme: Scheme) -> str | None:
         """Return why a site cannot be stored under a scheme, or None."""
         assert scheme.weight is not None
-        return refuse_ragged(site) or GPTQ_V1.refuse(scheme.weight, site.shape)
+        ragged = refuse_ragged(site) if scheme.weight.data_type == "int" else None
+        return ragged or layout_for(scheme.weight, "auto_round").refuse(scheme.weight, site.shape)
 
     def refuse_plan(self, plan: QuantPlan) -> str | None:
         """Return None: every layer may have its own scheme."""
         return None
 
-    def layout(self, plan: QuantPlan) -> Layout:
-        """Return the layout that a plan's checkpoint is written in."""
-        return _packing(plan)[1]
+    def layout(self, plan: QuantPlan, scheme: Scheme) -> Layout:
+        """Return the layout of the layers of a plan that have a scheme."""
+        assert scheme.weight is not None
+        return layout_for(scheme.weight, _packing(plan))
 
     def stored(self, plan: QuantPlan, site: WeightSite, dtype: torch.dtype) -> dict[str, StoredTensor]:
         """Return name inside the layer -> (shape, dtype)."""
-        return _packing(plan)[1].empty(_weight(plan, site), site.shape)
+        scheme = plan.schemes[site.name]
+        return stored_tensors(self.layout(plan, scheme), scheme, site.shape)
 
     def store(self, plan: QuantPlan, site: WeightSite, layer: QuantizedLayer, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return name inside the layer -> tensor."""
-        return _packing(plan)[1].pack(layer.tensor, _weight(plan, site), layer.columns)
+        return packed_tensors(self.layout(plan, layer.scheme), layer)
 
-    def config(self, plan: QuantPlan, names: Mapping[str, str]) -> dict[str, Any]:
-        """Return `quantization_config`; `names` maps layer names to what the checkpoint calls them."""
+    def config(self, plan: QuantPlan, names: Mapping[str, str], packing: str | None = None) -> dict[str, Any]:
+        """Return `quantization_config`; `names` maps layer names to what the checkpoint calls them, `packing` is the
+        packing format if it is not the plan's own."""
         extra = {names.get(name, name): BF16.to_dict() for name in sorted(plan.kept)}
         for name, scheme in plan.schemes.items():
             if scheme != plan.scheme or not name.startswith(f"{plan.blocks}."):
-                extra[names.get(name, name)] = scheme.to_dict()
+                extra[names.get(name, name)] = _numbers(scheme, plan.scheme)
         config = {
             "quant_method": QUANT_METHOD,
-            "packing_format": _packing(plan)[0],
-            **plan.scheme.to_dict(),
+            "packing_format": packing or _packing(plan),
+            **_numbers(plan.scheme),
             "block_name_to_quantize": plan.blocks,
             "provider": f"hf_autoround {__version__}",
         }
@@ -78,13 +82,16 @@ class AutoRoundFormat:
     def note(self, plan: QuantPlan) -> str | None:
         """Return which runtimes will not read this plan's checkpoint, or None."""
         notes = [note_mixed(plan)]
-        bits = sorted({scheme.weight.bits for scheme in plan.schemes.values() if scheme.weight} - {4, 8})
+        schemes = [scheme for scheme in plan.schemes.values() if scheme.weight is not None]
+        bits = sorted({scheme.weight.bits for scheme in schemes if scheme.weight and scheme.weight.data_type == "int"} - {4, 8})
         if bits:
             widths = ", ".join(str(width) for width in bits)
             others = "auto-round too" if set(bits) <= {2, 3} else "nothing else"
             notes.append(
                 f"auto_round at {widths} bits: transformers with hf_autoround reads it, {others}; vLLM and SGLang do not"
             )
+        if any(scheme.activation is not None for scheme in schemes):
+            notes.append("auto_round with quantized inputs: hf_autoround reads it; for vLLM take llm_compressor")
         return "; ".join(filter(None, notes)) or None
 
 
@@ -96,15 +103,17 @@ def read_auto_round_config(config: Mapping[str, Any]) -> StoredPlan:
     packing = config.get("packing_format", "auto_round:auto_gptq")
     if packing not in PACKING:
         raise UnsupportedScheme(f"packing_format {packing!r} is not supported; there are {', '.join(PACKING)}")
-    if config.get("act_bits", 16) not in (None, 16):
-        raise UnsupportedScheme(f"act_bits {config['act_bits']} is not supported; weights alone can be quantized")
-    keys = ("bits", "group_size", "sym", "data_type")
-    scheme = resolve_scheme({key: config[key] for key in keys if config.get(key) is not None})
+    scheme = resolve_scheme({key: config[key] for key in SCHEME_KEYS if config.get(key) is not None})
     overrides = {
-        name: resolve_scheme({key: value[key] for key in keys if value.get(key) is not None}, base=scheme)
+        name: resolve_scheme({key: value[key] for key in SCHEME_KEYS if value.get(key) is not None}, base=scheme)
         for name, value in (config.get("extra_config") or {}).items()
     }
-    return StoredPlan(PACKING[packing], scheme, overrides, stored_blocks(config))
+    return StoredPlan(lambda spec: layout_for(spec, packing), scheme, overrides, stored_blocks(config))
+
+
+def layout_for(spec: TensorSpec, packing: str) -> Layout:
+    """Return where numbers lie under a packing format."""
+    return PACKING[packing]
 
 
 def packing_format(layout: Layout) -> str:
@@ -112,15 +121,18 @@ def packing_format(layout: Layout) -> str:
     return next(name for name, known in PACKING.items() if known == layout)
 
 
-def _weight(plan: QuantPlan, site: WeightSite):  # noqa: ANN202
-    return plan.schemes[site.name].weight
+def _numbers(scheme: Scheme, base: Scheme | None = None) -> dict[str, Any]:
+    """Return a scheme's numbers; if the base scheme quantizes inputs and this one does not, that is said."""
+    silent = scheme.activation is None and base is not None and base.activation is not None
+    return scheme.to_dict() | ({"act_bits": 16} if silent else {})
 
 
-def _packing(plan: QuantPlan) -> tuple[str, Layout]:
+def _packing(plan: QuantPlan) -> str:
     """Choose the layout that most runtimes read: AWQ's for asymmetric 4 bits, GPTQ's otherwise."""
     weights = [scheme.weight for scheme in plan.schemes.values() if scheme.weight is not None]
     if all(weight.symmetric for weight in weights):
-        return "auto_round:auto_gptq", GPTQ_V1
-    if all(PACKING["auto_round:auto_awq"].refuse(_weight(plan, site), site.shape) is None for site in plan.sites):
-        return "auto_round:auto_awq", PACKING["auto_round:auto_awq"]
-    return "auto_round", GPTQ_V2
+        return "auto_round:auto_gptq"
+    awq = PACKING["auto_round:auto_awq"]
+    if all((weight := plan.schemes[site.name].weight) and awq.refuse(weight, site.shape) is None for site in plan.sites):
+        return "auto_round:auto_awq"
+    return "auto_round"

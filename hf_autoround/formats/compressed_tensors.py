@@ -40,7 +40,7 @@ def read_compressed_tensors_config(config: Mapping[str, Any]) -> StoredPlan:
     base = by_class or next(iter(overrides.values()))
     if by_class is None:  # only what is named
         overrides = {".": BF16, **overrides}
-    return StoredPlan(PackQuantized(), base, overrides)
+    return StoredPlan(lambda spec: PackQuantized(), base, overrides)
 
 
 def _scheme(name: str, group: Mapping[str, Any], default: Any) -> Scheme:

@@ -26,7 +26,7 @@ from hf_autoround.models.blocks import find_sites
 from hf_autoround.models.checkpoint import stored_names
 from hf_autoround.models.loading import names_in_memory
 from hf_autoround.planning.plan import QuantPlan
-from hf_autoround.scheme import BF16
+from hf_autoround.scheme import BF16, Scheme
 from hf_autoround.trainer.arguments import RoundingArguments
 
 
@@ -42,7 +42,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
         self.arguments: RoundingArguments | None = None
         self.rounding: RoundWhileLoading | None = None  # what rounds each of its parameters, unless it is calibrated
         self.names: dict[str, str] = {}  # of its layers, in memory -> in its files
-        self.relayout: Layout | None = None  # for layers whose file has one that kernels do not read
+        self.relayouts: dict[Scheme, Layout] = {}  # for layers whose file has one that kernels do not read
         self.packed_layers: tuple[str, ...] = ()  # by name, when the model was loaded
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -94,7 +94,8 @@ class AutoRoundHfQuantizer(HfQuantizer):
                 self.data = data_on_load(model, self.quantization_config, self.arguments)
         else:
             self.rounding = RoundWhileLoading(self.plan)
-            layers = {site: (self.plan.schemes[site.name], self.rounding.layout) for site in self.plan.sites}
+            schemes = self.plan.schemes
+            layers = {site: (schemes[site.name], FORMAT.layout(self.plan, schemes[site.name])) for site in self.plan.sites}
             install_packed_layers(model, layers, keep_parameters=True)
 
     def _prepare_packed(self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None) -> None:
@@ -105,7 +106,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
         if stored.config is not None:
             self.quantization_config = AutoRoundConfig(**stored.config, backend=config.backend)
         install_packed_layers(model, stored.layers, biases=stored.biases)
-        self.relayout = stored.relayout
+        self.relayouts = stored.relayouts
         # groups in order need no index
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), r"\.g_idx$"}
 
@@ -122,7 +123,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
             if isinstance(module, PackedLinear):
                 self.packed_layers += (name,)
                 module.requires_grad_(False)  # transformers makes float parameters trainable
-                if self.relayout is not None:
+                if module.scheme in self.relayouts:
                     self._relayout(name, module)
         assign_backends(model, self.quantization_config.backend)
         model.config.quantization_config = self.quantization_config
@@ -159,13 +160,12 @@ class AutoRoundHfQuantizer(HfQuantizer):
         self.quantization_config.extra_config = {**named, name: BF16.to_dict()}
 
     def _relayout(self, name: str, layer: PackedLinear) -> None:
-        assert self.relayout is not None
         if layer.device.type == "meta":
             raise UnsupportedLayer(
                 f"{name} is offloaded and lies in compressed-tensors' layout, which no kernel reads; load the model without "
                 "offloading, save it (in auto_round form) and load that"
             )
-        layer.relayout(self.relayout)
+        layer.relayout(self.relayouts[layer.scheme])
 
     @property
     def _needs_data(self) -> bool:

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_autoround.formats import AutoRoundFormat, StoredPlan
-from hf_autoround.formats.auto_round import PACKING, packing_format
+from hf_autoround.formats.auto_round import PACKING, layout_for, packing_format
 from hf_autoround.layers.sites import WeightSite
-from hf_autoround.layouts import GPTQ, GPTQ_V1, GPTQ_V2, IndexedGPTQ, Layout
+from hf_autoround.layouts import GPTQ, IndexedGPTQ, Layout
 from hf_autoround.layouts.gptq_indexed import groups_in_order
 from hf_autoround.models.blocks import find_sites, model_parts, other_matrices
 from hf_autoround.models.checkpoint import read_tensors, stored_names
@@ -35,14 +35,14 @@ CODES = ("qweight", "weight_packed")  # what layouts call the tensor that tells 
 class StoredModel:
     """What to make of a checkpoint: the packed layers, the names of those with a bias, and the same in auto_round's words.
 
-    `config` is None if auto_round cannot say it: groups of inputs out of order. `relayout` is the layout that layers get once
-    they are loaded, None if they keep the file's.
+    `config` is None if auto_round cannot say it: groups of inputs out of order. `relayouts` are the layouts that layers get
+    once they are loaded, by the scheme of those that do not keep the file's.
     """
 
     layers: dict[WeightSite, tuple[Scheme, Layout]]
     biases: set[str]
     config: dict[str, Any] | None
-    relayout: Layout | None
+    relayouts: dict[Scheme, Layout]
 
 
 def read_stored_model(model: PreTrainedModel, stored: StoredPlan, files: Iterable[str] | None) -> StoredModel:
@@ -59,7 +59,9 @@ def read_stored_model(model: PreTrainedModel, stored: StoredPlan, files: Iterabl
         inside = any(name.startswith(f"{path}.") for path in stored.blocks or (parts.blocks,) for name in (site.name, own))
         scheme = stored.scheme_of(own, inside)
         if scheme is not None and (not files or any(f"{site.name}.{leaf}" in keys for leaf in CODES)):
-            layers[site] = scheme, _indexed(stored.layout) if site.name in scattered_layers else stored.layout
+            assert scheme.weight is not None
+            layout = stored.layout_of(scheme.weight)
+            layers[site] = scheme, _indexed(layout) if site.name in scattered_layers else layout
             continue
         if scheme is not None:
             logger.warning(
@@ -69,18 +71,21 @@ def read_stored_model(model: PreTrainedModel, stored: StoredPlan, files: Iterabl
             kept[site.name] = "the checkpoint holds it as float"
     schemes = {site.name: scheme for site, (scheme, _) in layers.items()}
     plan = QuantPlan(stored.scheme, tuple(layers), schemes, kept, parts.blocks)
-    loaded = loaded_layout(stored)
-    config = AutoRoundFormat().config(plan, names) | {"packing_format": packing_format(loaded)}
+    packing = loaded_packing(layers.values(), stored.scheme)
+    loaded = {scheme: layout_for(scheme.weight, packing) for scheme, _ in layers.values() if scheme.weight is not None}
+    relayouts = {scheme: loaded[scheme] for scheme, layout in layers.values() if loaded[scheme] != layout}
+    config = AutoRoundFormat().config(plan, names, packing)
     biases = {site.name for site in layers if f"{site.name}.bias" in keys}
-    return StoredModel(layers, biases, None if scattered_layers else config, None if loaded == stored.layout else loaded)
+    return StoredModel(layers, biases, None if scattered_layers else config, {} if scattered_layers else relayouts)
 
 
-def loaded_layout(stored: StoredPlan) -> Layout:
-    """Return the layout that layers have once they are loaded: the file's, if auto_round has a name for it."""
-    if stored.layout in PACKING.values():
-        return stored.layout
-    schemes = [scheme.weight for scheme in (stored.scheme, *stored.overrides.values()) if scheme.weight is not None]
-    return GPTQ_V1 if all(weight.symmetric for weight in schemes) else GPTQ_V2
+def loaded_packing(layers: Iterable[tuple[Scheme, Layout]], base: Scheme) -> str:
+    """Return the packing format that layers have once they are loaded: the file's, if auto_round has a name for it."""
+    integers = {scheme.weight: layout for scheme, layout in layers if scheme.weight and scheme.weight.data_type == "int"}
+    layouts = set(integers.values())
+    if len(layouts) == 1 and layouts <= set(PACKING.values()):
+        return packing_format(layouts.pop())
+    return "auto_round:auto_gptq" if all(weight.symmetric for weight in integers) else "auto_round"
 
 
 def disk_names(sites: Iterable[WeightSite], keys: Mapping[str, str]) -> dict[str, str]:
