@@ -118,8 +118,8 @@ def _cut(spec: TensorSpec) -> str:
     return f"{kind}{cut}{'' if spec.symmetric else '-asym'}"
 
 
-def _float_scheme(name: str, data_type: str, bits: int, size: Any, act_type: str | None = None, act_size: Any = None) -> Scheme:
-    """Return a scheme of anything but weight-only integers; activations have the weights' bits, and are static per tensor."""
+def _preset(name: str, data_type: str, bits: int, size: Any, act_type: str | None = None, act_size: Any = None) -> Scheme:
+    """Return a scheme; activations have the weights' bits, and are static per tensor."""
     activation = None
     if act_type is not None:
         cut = _granularity(size if act_size is None else act_size)
@@ -149,7 +149,16 @@ BF16 = Scheme("BF16", None)
 PRESETS: tuple[Scheme, ...] = (
     *(integer_scheme(bits) for bits in range(2, 9)),
     *(integer_scheme(bits, size) for size in (64, 32) for bits in range(2, 9)),
-    _float_scheme("INT8", "int", 8, -1, "int"),
+    _preset("INT8", "int", 8, -1, "int"),
+    _preset("MXFP4", "mx_fp", 4, 32, "mx_fp"),
+    _preset("MXFP8", "mx_fp", 8, 32, "mx_fp"),
+    _preset("MXFP4_RCEIL", "mx_fp", 4, 32, "mx_fp_rceil"),
+    _preset("MXFP8_RCEIL", "mx_fp", 8, 32, "mx_fp_rceil"),
+    _preset("MXINT4", "mx_int", 4, 32, "mx_int"),
+    _preset("NVFP4", "nv_fp", 4, 16, "nv_fp"),
+    _preset("FPW8A16", "fp", 8, 0),
+    _preset("FP8_STATIC", "fp", 8, -1, "fp", 0),
+    _preset("FP8_BLOCK", "fp", 8, (128, 128), "fp", 128),
     BF16,
 )
 

@@ -17,12 +17,13 @@ from hf_autoround import __version__
 from hf_autoround.errors import UnsupportedScheme
 from hf_autoround.formats.base import StoredPlan, StoredTensor, packed_tensors, refuse_ragged, stored_blocks, stored_tensors
 from hf_autoround.layers.sites import QuantizedLayer, WeightSite
-from hf_autoround.layouts import AWQ, GPTQ_V1, GPTQ_V2, Layout
+from hf_autoround.layouts import AWQ, GPTQ_V1, GPTQ_V2, LAYOUTS, Layout
 from hf_autoround.planning.fused import note_mixed
 from hf_autoround.planning.plan import QuantPlan
-from hf_autoround.scheme import BF16, SCHEME_KEYS, Scheme, TensorSpec, resolve_scheme
+from hf_autoround.scheme import BF16, SCHEME_KEYS, PerBlock, Scheme, TensorSpec, resolve_scheme
 
 QUANT_METHOD = "auto-round"
+# of integers: other numbers have one layout each, whatever this says
 PACKING: dict[str, Layout] = {
     "auto_round:auto_gptq": GPTQ_V1,
     "auto_round:auto_awq": AWQ(),
@@ -101,8 +102,9 @@ def read_auto_round_config(config: Mapping[str, Any]) -> StoredPlan:
     Raises UnsupportedScheme for numbers or layouts that we do not read.
     """
     packing = config.get("packing_format", "auto_round:auto_gptq")
-    if packing not in PACKING:
-        raise UnsupportedScheme(f"packing_format {packing!r} is not supported; there are {', '.join(PACKING)}")
+    if packing not in (*PACKING, *_FLOAT_PACKING):
+        known = ", ".join(dict.fromkeys((*PACKING, *_FLOAT_PACKING)))
+        raise UnsupportedScheme(f"packing_format {packing!r} is not supported; there are {known}")
     scheme = resolve_scheme({key: config[key] for key in SCHEME_KEYS if config.get(key) is not None})
     overrides = {
         name: resolve_scheme({key: value[key] for key in SCHEME_KEYS if value.get(key) is not None}, base=scheme)
@@ -113,7 +115,9 @@ def read_auto_round_config(config: Mapping[str, Any]) -> StoredPlan:
 
 def layout_for(spec: TensorSpec, packing: str) -> Layout:
     """Return where numbers lie under a packing format."""
-    return PACKING[packing]
+    if spec.data_type == "int":
+        return PACKING.get(packing, GPTQ_V2)
+    return next(layout for layout in LAYOUTS if spec.data_type in layout.data_types)
 
 
 def packing_format(layout: Layout) -> str:
@@ -123,16 +127,32 @@ def packing_format(layout: Layout) -> str:
 
 def _numbers(scheme: Scheme, base: Scheme | None = None) -> dict[str, Any]:
     """Return a scheme's numbers; if the base scheme quantizes inputs and this one does not, that is said."""
+    if scheme.activation is not None and scheme.activation.data_type == "nv_fp":
+        return scheme.to_dict() | {"act_data_type": "nv_fp4_with_static_gs"}
     silent = scheme.activation is None and base is not None and base.activation is not None
     return scheme.to_dict() | ({"act_bits": 16} if silent else {})
 
 
 def _packing(plan: QuantPlan) -> str:
-    """Choose the layout that most runtimes read: AWQ's for asymmetric 4 bits, GPTQ's otherwise."""
-    weights = [scheme.weight for scheme in plan.schemes.values() if scheme.weight is not None]
-    if all(weight.symmetric for weight in weights):
+    """Choose the layout of integers that most runtimes read: AWQ's for asymmetric 4 bits, GPTQ's otherwise. Plans of other
+    numbers have a name that says what auto-round calls theirs."""
+    if plan.scheme.weight is not None and plan.scheme.weight.data_type != "int":
+        return float_packing(plan.scheme.weight)
+    weights = {site: plan.schemes[site.name].weight for site in plan.sites}
+    integers = {site: weight for site, weight in weights.items() if weight is not None and weight.data_type == "int"}
+    if all(weight.symmetric for weight in integers.values()):
         return "auto_round:auto_gptq"
     awq = PACKING["auto_round:auto_awq"]
-    if all((weight := plan.schemes[site.name].weight) and awq.refuse(weight, site.shape) is None for site in plan.sites):
+    if all(awq.refuse(weight, site.shape) is None for site, weight in integers.items()):
         return "auto_round:auto_awq"
     return "auto_round"
+
+
+_FLOAT_PACKING = ("auto_round:llm_compressor", "auto_round:fp8", "auto_round:fp8_static", "auto_round")
+
+
+def float_packing(weight: TensorSpec) -> str:
+    """Return what auto-round calls the layout of numbers that are no integers."""
+    if weight.data_type == "fp":
+        return "auto_round:fp8" if isinstance(weight.granularity, PerBlock) else "auto_round:fp8_static"
+    return "auto_round" if weight.data_type == "mx_int" else "auto_round:llm_compressor"

@@ -25,9 +25,11 @@ from hf_autoround.layouts import Layout
 from hf_autoround.models.blocks import find_sites
 from hf_autoround.models.checkpoint import stored_names
 from hf_autoround.models.loading import names_in_memory
+from hf_autoround.numerics import needs_calibration
 from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.scheme import BF16, Scheme
 from hf_autoround.trainer.arguments import RoundingArguments
+from hf_autoround.trainer.run import wanted_scheme
 
 
 class AutoRoundHfQuantizer(HfQuantizer):
@@ -172,4 +174,8 @@ class AutoRoundHfQuantizer(HfQuantizer):
         """Whether the model is calibrated once it is loaded, or rounded while it loads."""
         config = self.quantization_config
         searched = getattr(config, "dataset", None) is not None and not getattr(config, "disable_opt_rtn", False)
-        return not self.pre_quantized and bool(config.iters or searched or getattr(config, "end_to_end_steps", 0))
+        if self.pre_quantized or self.arguments is None:
+            return False
+        schemes = self.plan.schemes.values() if self.plan else (wanted_scheme(self.arguments),)
+        tuned = config.iters or getattr(config, "end_to_end_steps", 0)
+        return bool(tuned or searched) or any(map(needs_calibration, schemes))

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_autoround.formats import AutoRoundFormat, StoredPlan
-from hf_autoround.formats.auto_round import PACKING, layout_for, packing_format
+from hf_autoround.formats.auto_round import PACKING, float_packing, layout_for, packing_format
 from hf_autoround.layers.sites import WeightSite
 from hf_autoround.layouts import GPTQ, IndexedGPTQ, Layout
 from hf_autoround.layouts.gptq_indexed import groups_in_order
@@ -28,7 +28,8 @@ from hf_autoround.scheme import Scheme
 logger = logging.get_logger(__name__)
 
 
-CODES = ("qweight", "weight_packed")  # what layouts call the tensor that tells a packed layer from a float one
+# what layouts call a tensor that tells a packed layer from a float one
+CODES = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv")
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ def read_stored_model(model: PreTrainedModel, stored: StoredPlan, files: Iterabl
 def loaded_packing(layers: Iterable[tuple[Scheme, Layout]], base: Scheme) -> str:
     """Return the packing format that layers have once they are loaded: the file's, if auto_round has a name for it."""
     integers = {scheme.weight: layout for scheme, layout in layers if scheme.weight and scheme.weight.data_type == "int"}
+    if base.weight is not None and base.weight.data_type != "int":
+        return float_packing(base.weight)
     layouts = set(integers.values())
     if len(layouts) == 1 and layouts <= set(PACKING.values()):
         return packing_format(layouts.pop())

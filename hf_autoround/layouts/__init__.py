@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from hf_autoround.layouts.awq import AWQ
+from hf_autoround.layouts.float8 import Float8Stored
 from hf_autoround.layouts.gptq import GPTQ
 from hf_autoround.layouts.gptq_indexed import IndexedGPTQ
+from hf_autoround.layouts.microscaled import Microscaled
+from hf_autoround.layouts.nvfp4 import NVFP4Packed
 from hf_autoround.layouts.pack_quantized import PackQuantized
 from hf_autoround.numerics import QuantizedTensor
 from hf_autoround.scheme import TensorSpec
@@ -23,6 +26,7 @@ class Layout(Protocol):
     """Where the bits of one layer's numbers lie; knows no files, devices or modules."""
 
     name: str
+    data_types: tuple[str, ...]
 
     def refuse(self, spec: TensorSpec, shape: tuple[int, int]) -> str | None: ...
     def empty(self, spec: TensorSpec, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]: ...
@@ -44,6 +48,23 @@ class IntegerLayout(Layout, Protocol):
 GPTQ_V1 = GPTQ("gptq", zero_offset=1)
 GPTQ_V2 = GPTQ("gptq_v2", zero_offset=0)
 
-LAYOUTS: tuple[Layout, ...] = (GPTQ_V1, GPTQ_V2, AWQ(), PackQuantized())
+FLOAT8 = Float8Stored("float8", block_scale="weight_scale_inv", upright=False)  # as auto-round and DeepSeek write it
 
-__all__ = ["AWQ", "GPTQ", "GPTQ_V1", "GPTQ_V2", "LAYOUTS", "IndexedGPTQ", "IntegerLayout", "Layout", "PackQuantized"]
+# where a data type has several, auto_round's own comes first
+LAYOUTS: tuple[Layout, ...] = (GPTQ_V1, GPTQ_V2, AWQ(), PackQuantized(), Microscaled(), NVFP4Packed(), FLOAT8)
+
+__all__ = [
+    "AWQ",
+    "FLOAT8",
+    "GPTQ",
+    "GPTQ_V1",
+    "GPTQ_V2",
+    "LAYOUTS",
+    "Float8Stored",
+    "IndexedGPTQ",
+    "IntegerLayout",
+    "Layout",
+    "Microscaled",
+    "NVFP4Packed",
+    "PackQuantized",
+]

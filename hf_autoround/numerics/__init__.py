@@ -6,13 +6,16 @@ law tests take it from there.
 """
 
 from hf_autoround.numerics.base import DataType
+from hf_autoround.numerics.float8 import Float8
 from hf_autoround.numerics.integer import Integer
+from hf_autoround.numerics.microscaling import MX_FP, MX_FP_RCEIL, MX_INT
+from hf_autoround.numerics.nvfp4 import NVFP4
 from hf_autoround.numerics.quantized import QuantizedTensor, dequantize
 from hf_autoround.numerics.tunables import Tunables
 from hf_autoround.registry import find
 from hf_autoround.scheme import Scheme, TensorSpec
 
-DATA_TYPES: tuple[DataType, ...] = (Integer(),)
+DATA_TYPES: tuple[DataType, ...] = (Integer(), MX_FP, MX_FP_RCEIL, MX_INT, NVFP4(), Float8())
 
 
 def data_type(spec: TensorSpec) -> DataType:
@@ -35,7 +38,9 @@ def refuse_scheme(scheme: Scheme, columns: int | None = None) -> str | None:
 
 def needs_calibration(scheme: Scheme) -> bool:
     """Say whether a scheme needs to see inputs, or other layers, even to round to nearest."""
-    inputs = scheme.activation
+    weight, inputs = scheme.weight, scheme.activation
+    if weight is not None and data_type(weight).shares_with_layers:
+        return True
     return inputs is not None and data_type(inputs).calibrates_inputs(inputs)
 
 

@@ -26,6 +26,7 @@ class DataType(Protocol):
     name: str
     tunables: type[Tunables]
     static_input = "input_scale"  # what files call the number that calibration gives
+    shares_with_layers = False  # whether the layers that engines fuse have to share a range
 
     def refuse(self, spec: TensorSpec, columns: int | None) -> str | None:
         """Return why there are no such weights with so many inputs (None: however many), or None."""
@@ -88,10 +89,10 @@ class DataType(Protocol):
         ...
 
 
-def refuse_ragged(spec: TensorSpec, columns: int | None) -> str | None:
-    """Return why rows of so many inputs cannot be cut into whole groups, or None."""
+def refuse_ragged(spec: TensorSpec, columns: int | None, may_be_short: bool = False) -> str | None:
+    """Return why rows of so many inputs cannot be cut into whole groups (or one group, if it `may_be_short`), or None."""
     match spec.granularity:
-        case PerGroup(size) if columns is not None and columns % size:
+        case PerGroup(size) if columns is not None and columns % size and not (may_be_short and columns < size):
             return f"it needs a multiple of {size} inputs, not {columns}"
     return None
 
@@ -99,6 +100,8 @@ def refuse_ragged(spec: TensorSpec, columns: int | None) -> str | None:
 def refuse_static(spec: ActivationSpec) -> str | None:
     """Return why inputs cannot have these ranges, or None: each token or group its own, or calibration one for all."""
     match spec.granularity:
+        case _ if not spec.dynamic and not spec.symmetric:
+            return "inputs with act_dynamic=False are symmetric"
         case PerTensor() if spec.dynamic:
             return "inputs with one range for all (act_group_size=0) need act_dynamic=False, as calibration gives it"
         case PerChannel() | PerGroup() if not spec.dynamic:

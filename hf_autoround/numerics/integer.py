@@ -57,7 +57,7 @@ class Integer(DataType):
 
     def refuse_inputs(self, spec: ActivationSpec, columns: int | None) -> str | None:
         """Return why inputs cannot be quantized so, or None."""
-        return refuse_static(spec) or refuse_ragged(spec, columns)
+        return refuse_static(spec) or refuse_ragged(spec, columns, may_be_short=True)
 
     def neutral(self, groups: Tensor, spec: TensorSpec, largest: Tensor | None = None) -> IntegerTunables:
         """Return the tunables of round to nearest: the scale covers the range of each group (..., G, S)."""

@@ -25,6 +25,7 @@ from hf_autoround.models.processes import Processes
 from hf_autoround.models.walk import BlockArguments, BlockRunner, capture, finish
 from hf_autoround.numerics import data_type
 from hf_autoround.planning.plan import QuantPlan
+from hf_autoround.streams.ranges import shared_ranges
 from hf_autoround.streams.shards import refuse_not_finite
 from hf_autoround.streams.shares import share_of
 from hf_autoround.tuning import BlockResult, BlockTask, TunableWeight
@@ -197,10 +198,7 @@ class BlockWalk:
             with torch.no_grad():
                 return runner(float_inputs[where[indices]], where[indices], {})
 
-        weights = {
-            name: TunableWeight(tensor, transposed, self.schemes[name], static=static.get(name))
-            for name, tensor, transposed in self.weights(runner)
-        }
+        weights = self.tunable({name: (tensor, transposed) for name, tensor, transposed in self.weights(runner)}, static)
         return BlockTask(
             seed=self.settings.seed * 1_000_003 + place,
             samples=self.samples,
@@ -216,6 +214,14 @@ class BlockWalk:
             share=self.share.of,
             total=self.processes.total,
         )
+
+    def tunable(self, weights: Mapping[str, tuple[Tensor, bool]], static: Mapping[str, Tensor]) -> dict[str, TunableWeight]:
+        """Return parameters (name -> tensor, transposed) as algorithms take them."""
+        ranges = shared_ranges(self.plan, weights)
+        return {
+            name: TunableWeight(tensor, transposed, self.schemes[name], ranges.get(name), static.get(name))
+            for name, (tensor, transposed) in weights.items()
+        }
 
     @torch.no_grad()
     def advance_quantized(self, runner: BlockRunner, result: BlockResult) -> None:

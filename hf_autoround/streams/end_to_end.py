@@ -31,7 +31,7 @@ from hf_autoround.streams.end_to_end_journal import EndToEndJournal
 from hf_autoround.streams.journal import Journal
 from hf_autoround.streams.shelf import Shelf
 from hf_autoround.streams.visits import Visits
-from hf_autoround.tuning import BlockResult, TunableWeight, teacher
+from hf_autoround.tuning import BlockResult, teacher
 from hf_autoround.tuning.end_to_end import EndToEndSettings, EndToEndTask, LearnedBlock, Progress, end_to_end, first_state
 
 Residence = Literal["auto", "resident", "streamed"]
@@ -180,10 +180,7 @@ class _Stage:
             for name, parameter in block.named_parameters(prefix=block_name)
         }
         fixed = self.shelf.keep(f"{unit.key}-parameters", parameters)
-        weights = {
-            name: TunableWeight(fixed[name], transposed, walk.schemes[name], static=result.static.get(name))
-            for name, _, transposed in walk.weights(runner)
-        }
+        weights = walk.tunable({name: (fixed[name], transposed) for name, _, transposed in walk.weights(runner)}, result.static)
         norms = walk.norms(runner, weights) if self.tuning.tunes_norms else {}
         state = self.shelf.keep(f"{unit.key}-state", first_state(weights, norms, result))
         others = {name: tensor for name, tensor in fixed.items() if name not in weights}
