@@ -15,6 +15,7 @@ from hf_autoround.layouts.awq import AWQ
 from hf_autoround.layouts.float8 import Float8Stored
 from hf_autoround.layouts.gptq import GPTQ
 from hf_autoround.layouts.gptq_indexed import IndexedGPTQ
+from hf_autoround.layouts.int_quantized import IntQuantized
 from hf_autoround.layouts.microscaled import Microscaled
 from hf_autoround.layouts.nvfp4 import NVFP4Packed
 from hf_autoround.layouts.pack_quantized import PackQuantized
@@ -48,20 +49,34 @@ class IntegerLayout(Layout, Protocol):
 GPTQ_V1 = GPTQ("gptq", zero_offset=1)
 GPTQ_V2 = GPTQ("gptq_v2", zero_offset=0)
 
-FLOAT8 = Float8Stored("float8", block_scale="weight_scale_inv", upright=False)  # as auto-round and DeepSeek write it
+# 8-bit floats as auto-round and DeepSeek write them, and as compressed-tensors does
+FLOAT8 = Float8Stored("float8", block_scale="weight_scale_inv", upright=False)
+FLOAT8_UPRIGHT = Float8Stored("float8_upright", block_scale="weight_scale", upright=True)
 
 # where a data type has several, auto_round's own comes first
-LAYOUTS: tuple[Layout, ...] = (GPTQ_V1, GPTQ_V2, AWQ(), PackQuantized(), Microscaled(), NVFP4Packed(), FLOAT8)
+LAYOUTS: tuple[Layout, ...] = (
+    GPTQ_V1,
+    GPTQ_V2,
+    AWQ(),
+    PackQuantized(),
+    IntQuantized(),
+    Microscaled(),
+    NVFP4Packed(),
+    FLOAT8,
+    FLOAT8_UPRIGHT,
+)
 
 __all__ = [
     "AWQ",
     "FLOAT8",
+    "FLOAT8_UPRIGHT",
     "GPTQ",
     "GPTQ_V1",
     "GPTQ_V2",
     "LAYOUTS",
     "Float8Stored",
     "IndexedGPTQ",
+    "IntQuantized",
     "IntegerLayout",
     "Layout",
     "Microscaled",

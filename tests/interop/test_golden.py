@@ -45,7 +45,11 @@ GOLDEN = {
         None,
     ),
     "llama_w4_awq": ("llama", {"scheme": "W4A16"}, 0.104),
-    "llama_w4_ct": ("llama", None, 0.104),
+    "llama_w4_ct": ("llama", {"scheme": "W4A16"}, 0.104),
+    "llama_int8_ct": ("llama", {"scheme": "INT8"}, None),
+    "llama_mxfp4_ct": ("llama", {"scheme": "MXFP4"}, 0.114),
+    "llama_mxfp8_ct": ("llama", {"scheme": "MXFP8"}, 0.0295),
+    "llama_nvfp4_ct": ("llama", {"scheme": "NVFP4", "dataset": TOKENS}, 0.0955),
     "llama_mxfp4_ar": ("llama", {"scheme": "MXFP4"}, 0.114),
     "llama_mxfp8_ar": ("llama", {"scheme": "MXFP8"}, 0.0295),
     "llama_mxint4_ar": ("llama", {"scheme": "MXINT4"}, 0.122),
@@ -61,11 +65,12 @@ KEYS = {  # of the configuration: what other readers look for
     "auto_round": (*COMMON, "data_type", "packing_format", "block_name_to_quantize"),
     "auto_gptq": (*COMMON, "desc_act", "lm_head", "true_sequential", "damp_percent"),
     "auto_awq": (*COMMON, "version", "zero_point", "modules_to_not_convert"),
+    "llm_compressor": ("quant_method", "format", "quantization_status", "ignore"),
 }
 
 
 def written_by(name):
-    return {"gptq": "auto_gptq", "awq": "auto_awq"}.get(name.rpartition("_")[2], "auto_round")
+    return {"gptq": "auto_gptq", "awq": "auto_awq", "ct": "llm_compressor"}.get(name.rpartition("_")[2], "auto_round")
 
 
 def checkpoint(shared, name):
