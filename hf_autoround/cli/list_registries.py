@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import TYPE_CHECKING
 
 from hf_autoround.cli.parser import Parser
 from hf_autoround.layers.sites import WeightSite
-from hf_autoround.scheme import PRESETS, Scheme, integer_scheme
+from hf_autoround.scheme import PRESETS, Scheme, TensorSpec, integer_scheme
 
 if TYPE_CHECKING:
     from hf_autoround.backends import Backend
@@ -31,25 +32,51 @@ def formats() -> str:
     """Return the formats, and which scheme each stores."""
     from hf_autoround.formats import FORMATS
 
-    lines = [f"{target.name:<12} {target.runtimes}" for target in FORMATS]
-    lines += ["", f"{'scheme':<12} " + " ".join(f"{target.name:<12}" for target in FORMATS)]
+    width = max(len(target.name) for target in FORMATS)
+    lines = [f"{target.name:<{width}} {target.runtimes}" for target in FORMATS]
+    lines += ["", f"{'scheme':<12} " + " ".join(f"{target.name:<{width}}" for target in FORMATS)]
     for scheme in _quantizing():
         cells = ["yes" if target.refuse(_SITE, scheme) is None else "-" for target in FORMATS]
-        lines.append(f"{scheme.name:<12} " + " ".join(f"{cell:<12}" for cell in cells))
-    lines += ["", "Asymmetric grids (--asym) and any other group size (--group_size) can be stored wherever the scheme can."]
+        lines.append(f"{scheme.name:<12} " + " ".join(f"{cell:<{width}}" for cell in cells))
+    lines += [
+        "",
+        "Of integers, asymmetric grids (--asym) and other group sizes (--group_size) can be stored wherever the scheme can.",
+    ]
     return "\n".join(line.rstrip() for line in lines)
 
 
 def schemes() -> str:
     """Return the presets with their numbers."""
-    lines = [f"{'scheme':<12} {'bits':>4} {'group':>6}  bits per weight with scales"]
+    lines = [f"{'scheme':<12} {'numbers':<8} {'bits':>4} {'group':>8}  {'inputs':<24} bits per weight with scales"]
     for scheme in PRESETS:
         if scheme.weight is None:
-            lines.append(f"{scheme.name:<12} {16:>4} {'-':>6}  16 (leaves a layer as it is)")
+            lines.append(f"{scheme.name:<12} {'float':<8} {16:>4} {'-':>8}  {'-':<24} 16 (leaves a layer as it is)")
             continue
-        bits, size = scheme.weight.bits, scheme.weight.group_size
-        lines.append(f"{scheme.name:<12} {bits:>4} {size:>6}  {bits + (16 + bits) / size:.3f}")
+        weight, stored = scheme.weight, _bits_per_weight(scheme)
+        numbers = f"{scheme.name:<12} {weight.data_type:<8} {weight.bits:>4} {_size(weight):>8}"
+        lines.append(f"{numbers}  {_inputs(scheme):<24} {stored:.3f}")
     return "\n".join(lines)
+
+
+def _size(spec: TensorSpec) -> str:
+    size = spec.group_size
+    return "x".join(map(str, size)) if isinstance(size, list) else {0: "tensor", -1: "row"}.get(size, str(size))
+
+
+def _inputs(scheme: Scheme) -> str:
+    spec = scheme.activation
+    if spec is None:
+        return "-"
+    return f"{spec.data_type}{spec.bits}, {'token' if _size(spec) == 'row' else _size(spec)}{'' if spec.dynamic else ', static'}"
+
+
+def _bits_per_weight(scheme: Scheme) -> float:
+    """Return what a layer of the ordinary size takes in format auto_round."""
+    from hf_autoround.formats.auto_round import layout_for
+
+    assert scheme.weight is not None
+    tensors = layout_for(scheme.weight, "auto_round").empty(scheme.weight, _SITE.shape)
+    return sum(8 * prod(shape) * dtype.itemsize for shape, dtype in tensors.values()) / prod(_SITE.shape)
 
 
 def backends() -> str:
