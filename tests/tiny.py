@@ -30,6 +30,8 @@ _SIZES = dict(
 
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**_SIZES, tie_word_embeddings=False),
+    # groups of 128 are whole
+    "llama_wide": LlamaConfig(**{**_SIZES, "hidden_size": 128, "intermediate_size": 256}, tie_word_embeddings=False),
     "llama_tied": LlamaConfig(**_SIZES, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=False),
     "qwen3_moe": Qwen3MoeConfig(
@@ -56,19 +58,12 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
 }  # fmt: skip
 
-# for what cannot do with rows that are shorter than a group
-WIDE = {
-    "llama_wide": LlamaConfig(
-        **{**_SIZES, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}, tie_word_embeddings=False
-    )
-}
-
 
 def make(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Save a tiny model, its random weights a function of its name, with a tokenizer of 128 words."""
     torch.manual_seed(sum(map(ord, name)))
     # dtype: saving writes it into the config, which would make the next model of that name another one
-    model = AutoModelForCausalLM.from_config((CONFIGS | WIDE)[name], dtype=torch.float32).to(dtype)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).to(dtype)
     for parameter in model.parameters():
         if parameter.ndim == 1:  # biases and norms that do something
             parameter.data.add_(torch.randn(parameter.shape).to(dtype) * 0.1)

@@ -20,7 +20,7 @@ from hf_autoround.layers.packed_linear import PackedLinear, Repacked
 from hf_autoround.layouts import IntegerLayout
 from hf_autoround.numerics.grouping import group_count
 
-_FEW = 12  # rows up to which the kernel is faster
+_FEW = 16  # rows up to which the kernel is faster
 _ROWS = 512  # rows of the weight converted at a time
 
 

@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from hf_autoround.backends.base import Backend, Package, multiply
+from hf_autoround.backends.base import Backend, Package, every_reason, multiply
 from hf_autoround.layers.packed_linear import PackedLinear, Repacked, dequantize_and_multiply
 from hf_autoround.layouts import GPTQ_V1, GPTQ_V2, IntegerLayout
 from hf_autoround.layouts.bits import pack_bits
@@ -121,28 +121,28 @@ class GPTQModel(Backend):
         self.layer = type("ForeignLayer", (ForeignLayer,), fields)
 
     def refuse(self, layer: PackedLinear, device: torch.device) -> str | None:
-        """Return why the kernel cannot run a layer there, or None."""
-        if self.device is not None and device.type != self.device:
-            return f"it runs on {self.device}, not on {device.type}"
-        if device.type == "meta":
-            return "it needs the weights in memory, and these are offloaded"
-        if layer.layout.name not in self.layouts:
-            return f"it reads the layouts {' and '.join(self.layouts)}, not {layer.layout.name}"
-        if layer.spec.bits in (5, 6, 7):
-            return f"its {layer.spec.bits}-bit codes lie in another order"
-        if isinstance(layer.layout, GPTQ) and (
-            layer.in_features * layer.spec.bits % 32 or layer.out_features * layer.spec.bits % 32
-        ):
-            return f"it needs inputs and outputs that fill whole words, not {layer.in_features} and {layer.out_features}"
+        """Return every reason why the kernel cannot run a layer there, or None. GPTQModel itself gives its first."""
+        rows, columns, bits = layer.out_features, layer.in_features, layer.spec.bits
+        reasons = every_reason(
+            self.device is not None and device.type != self.device and f"it runs on {self.device}, not on {device.type}",
+            self.device is None and device.type == "meta" and "it needs the weights in memory, and these are offloaded",
+            layer.layout.name not in self.layouts
+            and f"it reads the layouts {' and '.join(self.layouts)}, not {layer.layout.name}",
+            bits in (5, 6, 7) and f"it reads {bits}-bit codes in another order",
+            isinstance(layer.layout, GPTQ)
+            and (columns * bits % 32 or rows * bits % 32)
+            and f"it needs inputs and outputs that fill whole words, not {columns} and {rows}",
+        )
+        if reasons is not None:
+            return reasons
         try:
             kind = self.layer.load()
         except ImportError as error:
             return f"its kernel cannot be imported: {error}"
-        shape = (layer.out_features, layer.in_features)
-        fits, error = kind.validate(**arguments(layer.spec, shape, layer.compute_dtype), device=device)
+        fits, error = kind.validate(**arguments(layer.spec, (rows, columns), layer.compute_dtype), device=device)
         if not fits:
             return _sentence(error)
-        return None if self.device is None else _tried(self.layer, layer.layout, layer.spec.bits, layer.compute_dtype, device)
+        return None if self.device is None else _tried(self.layer, layer.layout, bits, layer.compute_dtype, device)
 
     def prepare(self, layer: PackedLinear) -> None:
         """Make GPTQModel's layer, and keep the layout's tensors in host memory."""

@@ -75,18 +75,28 @@ class Int4Order:
             size = len(part.order)
             rows = codes[part.first : part.last].contiguous().view(len(part.bytes), size, -1)
             rows = rows if part.in_order else rows[:, part.order]
-            part.bytes.copy_((rows[:, : size // 2] | (rows[:, size // 2 :] << 4)).transpose(1, 2))
+            part.bytes.copy_(transposed(rows[:, : size // 2] | (rows[:, size // 2 :] << 4)))
         return packed
 
     def unpack(self, packed: Tensor) -> Tensor:
         """Return the codes (N, K) uint8 that `pack` was given."""
         codes = torch.empty(packed.shape[0], packed.shape[1] * 2, dtype=torch.uint8)
         for part in self.segments(packed, _CHUNK):
-            columns = part.bytes.transpose(1, 2)
-            rows = torch.cat([columns & 15, columns >> 4], 1)
+            both = transposed(part.bytes)
+            rows = torch.cat([both & 15, both >> 4], 1)
             rows = rows if part.in_order else rows[:, part.back]
             codes[part.first : part.last].view(rows.shape).copy_(rows)
         return codes
+
+
+def transposed(matrices: Tensor) -> Tensor:
+    """Return contiguous bytes (blocks, R, C) as contiguous (blocks, C, R).
+
+    A shuffle of channels that lie last is such a transposition, and takes half the time of a strided copy.
+    """
+    blocks, rows, columns = matrices.shape
+    channels_last = matrices.view(1, blocks, 1, rows * columns).permute(0, 3, 1, 2)
+    return torch.channel_shuffle(channels_last, rows).permute(0, 2, 3, 1).reshape(blocks, columns, rows)
 
 
 def measured_order(rows: int) -> Int4Order | None:

@@ -31,8 +31,8 @@ def candidates(wanted: str) -> tuple[Backend, ...]:
     names = ALIASES.get(wanted, (wanted,))
     found = tuple(backend for backend in BACKENDS if backend.name in names)
     if not found:
-        known = [*(backend.name for backend in BACKENDS), *ALIASES]
-        raise UnknownName(f"no backend is called {wanted!r}{suggest(wanted, known) or '; there are ' + ', '.join(known)}")
+        known = ["auto", *(backend.name for backend in BACKENDS), *ALIASES]
+        raise UnknownName(f"no backend is called {wanted!r}{suggest(str(wanted), known) or '; there are ' + ', '.join(known)}")
     reasons = {backend.name: missing(backend) for backend in found}
     if all(reasons.values()):
         raise MissingDependency(f"backend={wanted!r} cannot be had: {_together(reasons.items())}")
@@ -75,4 +75,8 @@ def assign_backends(model: nn.Module, wanted: str = "auto") -> None:
 
 
 def _together(reasons: Iterable[tuple[str, str | None]]) -> str:
-    return "; ".join(f"{name}: {reason}" for name, reason in reasons)
+    """Say each reason once, after the names of all that it holds for."""
+    names: dict[str | None, list[str]] = {}
+    for name, reason in reasons:
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(those)}: {reason}" for reason, those in names.items())

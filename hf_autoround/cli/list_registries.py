@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from hf_autoround.cli.parser import Parser
 from hf_autoround.layers.sites import WeightSite
-from hf_autoround.scheme import PRESETS, Scheme, TensorSpec, integer_scheme
+from hf_autoround.scheme import PRESETS, Scheme, TensorSpec, integer_scheme, resolve_scheme
 
 if TYPE_CHECKING:
     from hf_autoround.backends import Backend
+    from hf_autoround.formats import Format
 
 _SITE = WeightSite("layer", "layer.weight", (4096, 4096))  # an ordinary layer
 
@@ -36,13 +37,23 @@ def formats() -> str:
     lines = [f"{target.name:<{width}} {target.runtimes}" for target in FORMATS]
     lines += ["", f"{'scheme':<12} " + " ".join(f"{target.name:<{width}}" for target in FORMATS)]
     for scheme in _quantizing():
-        cells = ["yes" if target.refuse(_SITE, scheme) is None else "-" for target in FORMATS]
+        cells = [_cell(target, scheme) for target in FORMATS]
         lines.append(f"{scheme.name:<12} " + " ".join(f"{cell:<{width}}" for cell in cells))
+    some = [target for target in FORMATS if target.refuse(_SITE, integer_scheme(4, 64)) is None]
+    few = ", ".join(target.name for target in some if target.refuse(_SITE, integer_scheme(4, 256)))
     lines += [
         "",
-        "Of integers, asymmetric grids (--asym) and other group sizes (--group_size) can be stored wherever the scheme can.",
+        f"sym: no asymmetric grid (--asym). Integers of any other group size (--group_size) go too, but not into {few}.",
     ]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(target: Format, scheme: Scheme) -> str:
+    """Return which of a scheme's grids a format stores."""
+    if target.refuse(_SITE, scheme) is not None:
+        return "-"
+    integers = scheme.weight is not None and scheme.weight.data_type == "int"
+    return "sym" if integers and target.refuse(_SITE, resolve_scheme(scheme, sym=False)) else "yes"
 
 
 def schemes() -> str:

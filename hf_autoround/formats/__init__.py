@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files: which layout, which configuration, which container.
 
-To add a format: write `formats/<name>.py` with a class of `formats.base.Format`'s methods and add it to FORMATS; the
+To add a format: write `formats/<name>.py` with a subclass of `formats.base.Format` and add it to FORMATS; the
 command line, `hf-autoround list formats` and the law tests read it from there.
 """
 
@@ -17,6 +17,7 @@ from hf_autoround.formats.compressed_tensors import read_compressed_tensors_conf
 from hf_autoround.formats.fake import FakeFormat
 from hf_autoround.formats.fp8 import FP8Format, read_fp8_config
 from hf_autoround.formats.llm_compressor import LLMCompressorFormat
+from hf_autoround.formats.mlx import AutoRoundMLXFormat, MLXFormat, read_mlx_config
 from hf_autoround.layers.sites import WeightSite
 from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.registry import find
@@ -28,6 +29,8 @@ FORMATS: tuple[Format, ...] = (
     AutoAWQFormat(),
     LLMCompressorFormat(),
     FP8Format(),
+    MLXFormat(),
+    AutoRoundMLXFormat(),
     FakeFormat(),
 )
 
@@ -38,6 +41,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], StoredPlan]] = {
     "awq": read_awq_config,
     "compressed-tensors": read_compressed_tensors_config,
     "fp8": read_fp8_config,
+    "mlx": read_mlx_config,
 }
 
 
@@ -81,6 +85,7 @@ __all__ = [
     "FORMATS",
     "AutoRoundFormat",
     "Format",
+    "MLXFormat",
     "StoredPlan",
     "StoredTensor",
     "find_formats",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_autoround import __version__
 from hf_autoround.errors import UnsupportedScheme
-from hf_autoround.formats.base import StoredPlan, StoredTensor, refuse_inputs, refuse_ragged, stored_blocks
+from hf_autoround.formats.base import Format, StoredPlan, StoredTensor, refuse_inputs, refuse_ragged, stored_blocks
 from hf_autoround.formats.dynamic import dynamic_rules, read_dynamic
 from hf_autoround.layers.sites import QuantizedLayer, WeightSite
 from hf_autoround.layouts import AWQ
@@ -29,7 +29,7 @@ QUANT_METHOD = "awq"
 _LAYOUT = AWQ()
 
 
-class AutoAWQFormat:
+class AutoAWQFormat(Format):
     """Integers of 4 bits, one scheme for all layers."""
 
     name = "auto_awq"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hf_autoround import __version__
 from hf_autoround.errors import UnsupportedScheme
-from hf_autoround.formats.base import StoredPlan, StoredTensor, refuse_inputs, refuse_ragged, stored_blocks
+from hf_autoround.formats.base import Format, StoredPlan, StoredTensor, refuse_inputs, refuse_ragged, stored_blocks
 from hf_autoround.formats.dynamic import dynamic_rules, numbers, read_dynamic
 from hf_autoround.layers.sites import QuantizedLayer, WeightSite
 from hf_autoround.layouts import GPTQ_V1, GPTQ_V2, IndexedGPTQ, Layout
@@ -34,7 +34,7 @@ _VERSIONS = {"gptq": GPTQ_V1, "gptq_v2": GPTQ_V2}
 _HEADS = ("lm_head", "embed_out")  # what `lm_head: true` means, by the names that models give it
 
 
-class AutoGPTQFormat:
+class AutoGPTQFormat(Format):
     """Integers of 2, 3, 4 and 8 bits."""
 
     name = "auto_gptq"

@@ -2,7 +2,8 @@
 """The `auto_round` format: safetensors in GPTQ or AWQ layout, `quant_method: auto-round`.
 
 transformers, vLLM and SGLang read that method name. `packing_format` says which layout the file uses:
-`auto_round:auto_gptq` stores zero points minus one, `auto_round` plainly, `auto_round:auto_awq` in AWQ's order.
+`auto_round:auto_gptq` stores zero points minus one, `auto_round` plainly, `auto_round:auto_awq` in AWQ's order, `mlx` is
+what `formats/mlx.py` writes.
 """
 
 from __future__ import annotations
@@ -15,9 +16,17 @@ from torch import Tensor
 
 from hf_autoround import __version__
 from hf_autoround.errors import UnsupportedScheme
-from hf_autoround.formats.base import StoredPlan, StoredTensor, packed_tensors, refuse_ragged, stored_blocks, stored_tensors
+from hf_autoround.formats.base import (
+    Format,
+    StoredPlan,
+    StoredTensor,
+    packed_tensors,
+    refuse_ragged,
+    stored_blocks,
+    stored_tensors,
+)
 from hf_autoround.layers.sites import QuantizedLayer, WeightSite
-from hf_autoround.layouts import AWQ, GPTQ_V1, GPTQ_V2, LAYOUTS, Layout
+from hf_autoround.layouts import AWQ, GPTQ_V1, GPTQ_V2, LAYOUTS, MLX, Layout
 from hf_autoround.planning.fused import note_mixed
 from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.scheme import BF16, SCHEME_KEYS, PerBlock, Scheme, TensorSpec, resolve_scheme
@@ -31,10 +40,12 @@ PACKING: dict[str, Layout] = {
     "auto_round:gptqmodel": GPTQ_V2,
     "auto_round:gptq": GPTQ_V1,  # what transformers' own class writes
     "auto_round:awq": AWQ(),
+    "mlx": MLX(),
+    "auto_round:mlx": MLX(),
 }
 
 
-class AutoRoundFormat:
+class AutoRoundFormat(Format):
     """Every data type."""
 
     name = "auto_round"
@@ -122,7 +133,7 @@ def layout_for(spec: TensorSpec, packing: str) -> Layout:
 
 def packing_format(layout: Layout) -> str:
     """Return what a configuration calls a layout."""
-    return next(name for name, known in PACKING.items() if known == layout)
+    return next(name for name, known in PACKING.items() if known.name == layout.name)
 
 
 def _numbers(scheme: Scheme, base: Scheme | None = None) -> dict[str, Any]:

@@ -33,6 +33,10 @@ class Format(Protocol):
     def config(self, plan: QuantPlan, names: Mapping[str, str]) -> dict[str, Any] | None: ...
     def note(self, plan: QuantPlan) -> str | None: ...
 
+    def model_config(self, config: Mapping[str, Any], plan: QuantPlan, names: Mapping[str, str]) -> dict[str, Any]:
+        """Return what config.json says of the model itself: what the source's said, unless the format's readers need more."""
+        return dict(config)
+
 
 def stored_tensors(layout: Layout, scheme: Scheme, shape: tuple[int, int]) -> dict[str, StoredTensor]:
     """Return name inside a layer (O, I) -> (shape, dtype) of all that it holds but a bias."""
@@ -68,6 +72,9 @@ def stored_blocks(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(blocks.replace(" ", "").split(",")) if isinstance(blocks, str) else tuple(blocks)
 
 
+LayoutOf = Callable[[TensorSpec], Layout]
+
+
 @dataclass(frozen=True)
 class StoredPlan:
     """What a checkpoint's configuration says: the layout of each kind of numbers, the base scheme, and what differs by name or
@@ -76,7 +83,7 @@ class StoredPlan:
     `blocks` are the paths of the quantized lists of blocks; empty means wherever the decoder blocks are.
     """
 
-    layout_of: Callable[[TensorSpec], Layout]
+    layout_of: LayoutOf
     scheme: Scheme
     overrides: Mapping[str, Scheme]
     blocks: tuple[str, ...] = ()

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_autoround.formats.base import StoredTensor
+from hf_autoround.formats.base import Format, StoredTensor
 from hf_autoround.layers.sites import QuantizedLayer, WeightSite, oriented
 from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.scheme import Scheme
 
 
-class FakeFormat:
+class FakeFormat(Format):
     """The source checkpoint's names, shapes and types; only the numbers are those of the quantized model."""
 
     name = "fake"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_autoround import __version__
 from hf_autoround.errors import UnsupportedScheme
-from hf_autoround.formats.base import StoredPlan, StoredTensor, packed_tensors, stored_tensors
+from hf_autoround.formats.base import Format, StoredPlan, StoredTensor, packed_tensors, stored_tensors
 from hf_autoround.layers.sites import QuantizedLayer, WeightSite
 from hf_autoround.layouts import FLOAT8
 from hf_autoround.planning.fused import note_mixed
@@ -28,7 +28,7 @@ _BLOCK = 128
 _SCHEME = resolve_scheme("FP8_BLOCK")
 
 
-class FP8Format:
+class FP8Format(Format):
     """FP8_BLOCK, for all layers that are quantized."""
 
     name = "fp8"

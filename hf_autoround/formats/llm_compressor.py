@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_autoround import __version__
-from hf_autoround.formats.base import StoredTensor, packed_tensors, refuse_ragged, stored_tensors
+from hf_autoround.formats.base import Format, StoredTensor, packed_tensors, refuse_ragged, stored_tensors
 from hf_autoround.formats.compressed_tensors import LAYOUTS, form_of, group_of, refuse_words
 from hf_autoround.layers.sites import QuantizedLayer, WeightSite
 from hf_autoround.planning.fused import note_mixed
@@ -25,7 +25,7 @@ QUANT_METHOD = "compressed-tensors"
 _NEWER = {3, 5, 6, 7}  # bits whose codes compressed-tensors before 0.18 padded to whole words
 
 
-class LLMCompressorFormat:
+class LLMCompressorFormat(Format):
     """Every data type but MXINT4, in groups of layers."""
 
     name = "llm_compressor"

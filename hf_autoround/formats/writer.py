@@ -68,9 +68,16 @@ def checkpoint_names(keys: list[SourceKey]) -> dict[str, str]:
     return {site.name: name for source in keys for name, site in source.sites}
 
 
-def write_config(folder: Path, config: Mapping[str, Any], quantization_config: Mapping[str, Any] | None) -> None:
-    """Write config.json: the model's, with how it is quantized."""
-    content = {key: value for key, value in config.items() if key != "quantization_config"}
+def write_config(
+    folder: Path, target: Format, model_config: Mapping[str, Any], plan: QuantPlan, names: Mapping[str, str]
+) -> None:
+    """Write config.json: the model's (`model_config` is the source's), with how it is quantized.
+
+    `names` maps layer names to what the checkpoint calls them.
+    """
+    source = {key: value for key, value in model_config.items() if key != "quantization_config"}
+    content = target.model_config(source, plan, names)
+    quantization_config = target.config(plan, names)
     if quantization_config is not None:
-        content["quantization_config"] = dict(quantization_config)
+        content["quantization_config"] = quantization_config
     (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -16,6 +16,7 @@ from hf_autoround.backends.select import assign_backends, candidates
 from hf_autoround.calibration.batches import CalibrationSet
 from hf_autoround.errors import UnsupportedLayer
 from hf_autoround.formats import read_config
+from hf_autoround.formats.mlx import QUANTIZATION
 from hf_autoround.hf.config import AutoRoundConfig
 from hf_autoround.hf.on_load import FORMAT, RoundWhileLoading, calibrate_loaded, data_on_load, plan_on_load
 from hf_autoround.hf.packed_model import install_packed_layers, restore_float_layers
@@ -107,6 +108,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
             stored = read_stored_model(model, read_config(config.to_dict()), checkpoint_files)
         if stored.config is not None:
             self.quantization_config = AutoRoundConfig(**stored.config, backend=config.backend)
+        model.config.__dict__.pop(QUANTIZATION, None)  # save_pretrained leaves out what else mlx-lm needs
         install_packed_layers(model, stored.layers, biases=stored.biases)
         self.relayouts = stored.relayouts
         # groups in order need no index

@@ -8,28 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from hf_autoround.errors import UnsupportedLayer
 from hf_autoround.formats import AutoRoundFormat, StoredPlan
 from hf_autoround.formats.auto_round import PACKING, float_packing, layout_for, packing_format
+from hf_autoround.formats.base import LayoutOf
 from hf_autoround.layers.sites import WeightSite
-from hf_autoround.layouts import GPTQ, IndexedGPTQ, Layout
+from hf_autoround.layouts import GPTQ, MLX, IndexedGPTQ, Layout
 from hf_autoround.layouts.gptq_indexed import groups_in_order
 from hf_autoround.models.blocks import find_sites, model_parts, other_matrices
 from hf_autoround.models.checkpoint import read_tensors, stored_names
 from hf_autoround.models.loading import names_in_memory
 from hf_autoround.planning.plan import QuantPlan
-from hf_autoround.scheme import Scheme
+from hf_autoround.scheme import Scheme, TensorSpec
 
 logger = logging.get_logger(__name__)
 
 
-# what layouts call a tensor that tells a packed layer from a float one
-CODES = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv")
+_WEIGHTS = ("qweight", "weight_packed", "weight")  # what files call the tensor of codes, or of floats
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class StoredModel:
 def read_stored_model(model: PreTrainedModel, stored: StoredPlan, files: Iterable[str] | None) -> StoredModel:
     """Return what a checkpoint holds for a model on the meta device; `files` are its weight files (None: not known)."""
     parts, files = model_parts(model), list(files or ())
+    layout_of = _with_stored_dtype(stored.layout_of, files)
     keys = {name: key for key, name in names_in_memory(model, stored_names(files)).items()}
     scattered_layers = _scattered_layers(files, {key: name for name, key in keys.items()}, stored)
     sites = find_sites(model)
@@ -59,9 +62,8 @@ def read_stored_model(model: PreTrainedModel, stored: StoredPlan, files: Iterabl
         own = names.get(site.name, site.name)
         inside = any(name.startswith(f"{path}.") for path in stored.blocks or (parts.blocks,) for name in (site.name, own))
         scheme = stored.scheme_of(own, inside)
-        if scheme is not None and (not files or any(f"{site.name}.{leaf}" in keys for leaf in CODES)):
-            assert scheme.weight is not None
-            layout = stored.layout_of(scheme.weight)
+        layout = None if scheme is None or scheme.weight is None else layout_of(scheme.weight)
+        if scheme is not None and layout is not None and (not files or _is_packed(site, scheme, layout, keys)):
             layers[site] = scheme, _indexed(layout) if site.name in scattered_layers else layout
             continue
         if scheme is not None:
@@ -70,11 +72,12 @@ def read_stored_model(model: PreTrainedModel, stored: StoredPlan, files: Iterabl
             )
         if parts.block_of(site.name) is not None or site.name == parts.head:
             kept[site.name] = "the checkpoint holds it as float"
+    _refuse_others(layers, keys)
     schemes = {site.name: scheme for site, (scheme, _) in layers.items()}
     plan = QuantPlan(stored.scheme, tuple(layers), schemes, kept, parts.blocks)
     packing = loaded_packing(layers.values(), stored.scheme)
     loaded = {scheme: layout_for(scheme.weight, packing) for scheme, _ in layers.values() if scheme.weight is not None}
-    relayouts = {scheme: loaded[scheme] for scheme, layout in layers.values() if loaded[scheme] != layout}
+    relayouts = {scheme: loaded[scheme] for scheme, layout in layers.values() if loaded[scheme].name != layout.name}
     config = AutoRoundFormat().config(plan, names, packing)
     biases = {site.name for site in layers if f"{site.name}.bias" in keys}
     return StoredModel(layers, biases, None if scattered_layers else config, {} if scattered_layers else relayouts)
@@ -82,12 +85,12 @@ def read_stored_model(model: PreTrainedModel, stored: StoredPlan, files: Iterabl
 
 def loaded_packing(layers: Iterable[tuple[Scheme, Layout]], base: Scheme) -> str:
     """Return the packing format that layers have once they are loaded: the file's, if auto_round has a name for it."""
-    integers = {scheme.weight: layout for scheme, layout in layers if scheme.weight and scheme.weight.data_type == "int"}
     if base.weight is not None and base.weight.data_type != "int":
         return float_packing(base.weight)
-    layouts = set(integers.values())
-    if len(layouts) == 1 and layouts <= set(PACKING.values()):
-        return packing_format(layouts.pop())
+    integers = {scheme.weight: layout for scheme, layout in layers if scheme.weight and scheme.weight.data_type == "int"}
+    layouts = {layout.name: layout for layout in integers.values()}
+    if len(layouts) == 1 and layouts.keys() <= {layout.name for layout in PACKING.values()}:
+        return packing_format(*layouts.values())
     return "auto_round:auto_gptq" if all(weight.symmetric for weight in integers) else "auto_round"
 
 
@@ -95,10 +98,40 @@ def disk_names(sites: Iterable[WeightSite], keys: Mapping[str, str]) -> dict[str
     """Return layer name in memory -> in the files; `keys` maps tensor names in memory to those in the files."""
     found = {}
     for site in sites:
-        for leaf in (*CODES, "weight"):
+        for leaf in _WEIGHTS:
             if key := keys.get(f"{site.name}.{leaf}"):
                 found[site.name] = key.rpartition(".")[0]
     return found
+
+
+def _is_packed(site: WeightSite, scheme: Scheme, layout: Layout, keys: Mapping[str, str]) -> bool:
+    """Return whether a file holds what a packed layer has besides a weight."""
+    assert scheme.weight is not None
+    return any(f"{site.name}.{leaf}" in keys for leaf in layout.empty(scheme.weight, site.shape) if leaf != "weight")
+
+
+def _with_stored_dtype(layout_of: LayoutOf, files: list[str]) -> LayoutOf:
+    """Return the layouts with the dtype that the files' scales have, where they may have several."""
+
+    @cache
+    def of(spec: TensorSpec) -> Layout:
+        layout = layout_of(spec)
+        if not isinstance(layout, MLX):
+            return layout
+        return next((MLX(scales.dtype) for _, scales in read_tensors(files, ".scales")), layout)
+
+    return of
+
+
+def _refuse_others(layers: Mapping[WeightSite, tuple[Scheme, Layout]], keys: Mapping[str, str]) -> None:
+    """Raise UnsupportedLayer if an MLX checkpoint holds anything else packed: its codes are called as floats are."""
+    mlx = any(isinstance(layout, MLX) for _, layout in layers.values())
+    packed = {name.removesuffix(".scales") for name in keys if mlx and name.endswith(".scales")}
+    for name in sorted(packed - {site.name for site in layers}):
+        raise UnsupportedLayer(
+            f"{name} is quantized in this MLX checkpoint, and packed layers stand for linear ones of the decoder only; "
+            "convert the model without quantizing its embeddings, or quantize the float model anew"
+        )
 
 
 def _indexed(layout: Layout) -> Layout:
@@ -107,12 +140,16 @@ def _indexed(layout: Layout) -> Layout:
 
 
 def _scattered_layers(files: list[str], names: Mapping[str, str], stored: StoredPlan) -> set[str]:
-    """Return the layers (by name in memory) whose `g_idx` does not just count."""
+    """Return the layers (by name in memory) whose `g_idx` does not just count. Raises UnsupportedLayer for groups not there."""
     found = set()
     for key, group_of in read_tensors(files, ".g_idx"):
         scheme = stored.scheme_of(key.removesuffix(".g_idx"), True)
         if scheme is None or scheme.weight is None:
             continue
-        if not torch.equal(group_of.to(torch.int32), groups_in_order(len(group_of), scheme.weight.granularity)):
+        in_order = groups_in_order(len(group_of), scheme.weight.granularity)
+        groups = int(in_order[-1]) + 1
+        if not all(-groups <= int(index) < groups for index in group_of.aminmax()):
+            raise UnsupportedLayer(f"{key} names groups that are not there: {scheme.name} makes {groups}; the file is damaged")
+        if not torch.equal(group_of.to(torch.int32), in_order):
             found.add(names[key].removesuffix(".g_idx"))
     return found

@@ -17,6 +17,7 @@ from hf_autoround.layouts.gptq import GPTQ
 from hf_autoround.layouts.gptq_indexed import IndexedGPTQ
 from hf_autoround.layouts.int_quantized import IntQuantized
 from hf_autoround.layouts.microscaled import Microscaled
+from hf_autoround.layouts.mlx import MLX
 from hf_autoround.layouts.nvfp4 import NVFP4Packed
 from hf_autoround.layouts.pack_quantized import PackQuantized
 from hf_autoround.numerics import QuantizedTensor
@@ -60,6 +61,7 @@ LAYOUTS: tuple[Layout, ...] = (
     AWQ(),
     PackQuantized(),
     IntQuantized(),
+    MLX(),
     Microscaled(),
     NVFP4Packed(),
     FLOAT8,
@@ -74,6 +76,7 @@ __all__ = [
     "GPTQ_V1",
     "GPTQ_V2",
     "LAYOUTS",
+    "MLX",
     "Float8Stored",
     "IndexedGPTQ",
     "IntQuantized",

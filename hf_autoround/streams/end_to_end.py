@@ -213,13 +213,11 @@ class _Stage:
             mine, theirs = finished(hidden, indices)
             return teacher.divergence(logits(parameters), logits({}), mine.flatten(0, 1), theirs.flatten(0, 1), rows)
 
-        def backward(
-            hidden: Tensor, indices: Tensor, parameters: Mapping[str, Tensor], scale: float, chosen: slice
-        ) -> tuple[Tensor, Tensor]:
+        def backward(hidden: Tensor, indices: Tensor, parameters: Mapping[str, Tensor], scale: float) -> tuple[Tensor, Tensor]:
             leaf = hidden.requires_grad_()
             mine, theirs = finished(leaf, indices)
             kl, gradient = teacher.backward(
-                logits(parameters), logits({}), mine.detach().flatten(0, 1), theirs.flatten(0, 1), rows, scale, chosen
+                logits(parameters), logits({}), mine.detach().flatten(0, 1), theirs.flatten(0, 1), rows, scale
             )
             mine.backward(gradient.view_as(mine))
             assert leaf.grad is not None

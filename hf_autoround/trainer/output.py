@@ -127,7 +127,7 @@ class OutputFolder:
                     sink.add(item)
             for sink, target in zip(sinks, self.formats, strict=True):
                 sink.close()
-                write_config(sink.folder, _model_config(lazy), target.config(plan, checkpoint_names(keys)))
+                write_config(sink.folder, target, _model_config(lazy), plan, checkpoint_names(keys))
                 companions(sink.folder, target)
         except BaseException as error:
             for sink in sinks:

@@ -64,6 +64,9 @@ def test_a_refusal_says_why(backend, monkeypatch):
     assert backend.refuse(packed_linear(4, 32, True, (64, 128), other), GPU) == (
         f"it reads the layouts {' and '.join(backend.layouts)}, not {other.name}"
     )
+    five = backend.refuse(packed_linear(5, 72, True, (7, 72), GPTQ_V1), torch.device("meta"))
+    assert "meta" in five or "offloaded" in five
+    assert "in another order" in five and ("whole words, not 72 and 7" in five) and ("not gptq" in five) == (own is not GPTQ_V1)
     monkeypatch.setattr("hf_autoround.backends.base.find_spec", lambda name: None)
     assert missing(backend).endswith("not installed: pip install gptqmodel")
 

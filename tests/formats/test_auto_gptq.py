@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers import AutoRoundConfig as TransformersAutoRoundConfig
 
 from hf_autoround import AutoRound, AutoRoundConfig
-from hf_autoround.errors import UnsupportedScheme
+from hf_autoround.errors import UnsupportedLayer, UnsupportedScheme
 from hf_autoround.formats import read_config
 from hf_autoround.layers.packed_linear import PackedLinear
 from hf_autoround.scheme import BF16, integer_scheme
@@ -151,6 +151,10 @@ def test_act_order_is_computed_with_each_inputs_own_group(version, tiny_model, t
     assert (saved["quant_method"], saved["checkpoint_format"]) == ("gptq", version)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32, quantization_config=AutoRoundConfig())
     assert torch.equal(again(tokens()[:2]).logits, logits)
+    tensors[f"{DOWN}.g_idx"][7] = 3
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnsupportedLayer, match=rf"{DOWN}.g_idx names groups that are not there: W8A16G32(-asym)? makes 3"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=AutoRoundConfig())
 
 
 @pytest.mark.parametrize("config_class", [AutoRoundConfig, TransformersAutoRoundConfig], ids=["ours", "transformers"])

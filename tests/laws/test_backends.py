@@ -158,6 +158,8 @@ EVERY_REASON = {
     "cpu_int8": (3, ["a CPU, not on cuda", "8 bits, not", "layout", "in float32", "one scale for each output", "16 inputs"]),
     "ark": (5, ["a CPU, not on cuda", "2, 3, 4 or 8 bits", "cannot read the layout", "whole groups"]),
     "triton": (3, ["not on meta", "gptq and gptq_v2, not pack_quantized", "32 inputs, not 72", "32 inputs, not of 20"]),
+    "gptqmodel:marlin": (5, ["not on meta", "gptq and gptq_v2, not pack_quantized", "5-bit codes in another order"]),
+    "gptqmodel:awq_torch": (5, ["in memory, and these are offloaded", "awq, not pack_quantized", "in another order"]),
 }
 
 
@@ -166,7 +168,7 @@ def test_a_refusal_gives_every_reason(name, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     bits, reasons = EVERY_REASON[name]
     layer = packed_layer(PackQuantized(), integer_scheme(bits, 20), (7, 72), torch.float32)
-    device = torch.device("meta" if name == "triton" else "cuda")
+    device = torch.device("cuda" if "cuda" in reasons[0] else "meta")
     said = next(backend for backend in BACKENDS if backend.name == name).refuse(layer, device).split(", and it ")
     assert len(said) == len(reasons) and all(reason in part for reason, part in zip(reasons, said, strict=True)), said
 
@@ -252,9 +254,13 @@ def test_a_backend_that_cannot_be_had_is_refused_before_anything_is_loaded(tiny_
 
     with pytest.raises(UnknownName, match="did you mean torch"):
         load("torhc")
+    with pytest.raises(UnknownName, match="no backend is called None; there are auto, "):
+        load(None)
     monkeypatch.setattr("hf_autoround.backends.base.find_spec", lambda module: None)
     with pytest.raises(MissingDependency, match="pip install auto-round-lib"):
         load("ark")
+    with pytest.raises(MissingDependency, match="gptqmodel:marlin, gptqmodel:awq_marlin: it needs gptqmodel, which is"):
+        load("marlin")
 
 
 def test_a_backend_that_refuses_says_which_layer_and_why_and_nothing_is_changed():

@@ -11,34 +11,38 @@ from hf_autoround.numerics.grouping import group, ungroup
 from hf_autoround.scheme import PRESETS, integer_scheme
 
 SHAPES = [(32, 64), (40, 100), (7, 33), (64, 31), (200, 256)]
+SPECS = [integer_scheme(bits, size, sym).weight for bits in range(2, 9) for size in (-1, 32, 48) for sym in (True, False)]
+SPECS += [preset.weight for preset in PRESETS if preset.weight is not None and preset.weight.data_type != "int"]
 
 
-INTEGERS = [integer_scheme(bits, size, sym) for bits in range(2, 9) for size in (-1, 32, 48) for sym in (True, False)]
-OTHERS = [preset for preset in PRESETS if preset.weight is not None and preset.weight.data_type != "int"]
-SPECS = list(dict.fromkeys(scheme.weight for scheme in INTEGERS + OTHERS))
-KINDS = sorted({(spec.data_type, spec.bits, spec.symmetric) for spec in SPECS})
+def shapes(layout, spec):
+    return [shape for shape in SHAPES if layout.refuse(spec, shape) is None and data_type(spec).refuse(spec, shape[1]) is None]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind[0]}{kind[1]}{'' if kind[2] else '-asym'}")
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_unpacking_undoes_packing(layout, kind):
-    tried = 0
-    for shape in SHAPES:
-        for spec in SPECS:
-            if (spec.data_type, spec.bits, spec.symmetric) != kind or layout.refuse(spec, shape):
-                continue
-            dtype = data_type(spec)
-            if dtype.refuse(spec, shape[1]):
-                continue
-            groups = group(torch.randn(shape, generator=torch.Generator().manual_seed(0)), spec.granularity)
-            tensor = dtype.freeze(dtype.quantize(groups, spec, dtype.neutral(groups, spec)), spec)
-            packed = layout.pack(tensor, spec, shape[1])
-            assert {name: (tuple(part.shape), part.dtype) for name, part in packed.items()} == layout.empty(spec, shape)
-            back = layout.unpack(packed, spec, shape)
-            assert torch.equal(ungroup(dequantize(back), shape[1]), ungroup(dequantize(tensor), shape[1]))
-            assert back.elements.dtype == tensor.elements.dtype and torch.equal(back.scale.float(), tensor.scale.float())
-            tried += 1
-    assert tried or kind[0] not in layout.data_types or layout.name == "awq"
+CASES = [(layout, spec) for layout in LAYOUTS for spec in dict.fromkeys(SPECS) if shapes(layout, spec)]
+
+
+def name(value):
+    if hasattr(value, "name"):
+        return value.name
+    return f"{value.data_type}{value.bits}-g{value.group_size}-{'sym' if value.symmetric else 'asym'}"
+
+
+@pytest.mark.parametrize(("layout", "spec"), CASES, ids=name)
+def test_unpacking_undoes_packing(layout, spec):
+    dtype = data_type(spec)
+    for shape in shapes(layout, spec):
+        groups = group(torch.randn(shape, generator=torch.Generator().manual_seed(0)), spec.granularity)
+        tensor = dtype.freeze(dtype.quantize(groups, spec, dtype.neutral(groups, spec)), spec)
+        packed = layout.pack(tensor, spec, shape[1])
+        assert {name: (tuple(part.shape), part.dtype) for name, part in packed.items()} == layout.empty(spec, shape)
+        back = layout.unpack(packed, spec, shape)
+        assert torch.equal(ungroup(dequantize(back), shape[1]), ungroup(dequantize(tensor), shape[1]))
+        assert back.elements.dtype == tensor.elements.dtype and torch.equal(back.scale.float(), tensor.scale.float())
+
+
+def test_every_layout_stores_something():
+    assert {layout.name for layout, _ in CASES} == {layout.name for layout in LAYOUTS}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)

