@@ -116,6 +116,10 @@ def read_auto_round_config(config: Mapping[str, Any]) -> StoredPlan:
     if packing not in (*PACKING, *_FLOAT_PACKING):
         known = ", ".join(dict.fromkeys((*PACKING, *_FLOAT_PACKING)))
         raise UnsupportedScheme(f"packing_format {packing!r} is not supported; there are {known}")
+    if config.get("rotation_config") or config.get("spinquant_config"):
+        raise UnsupportedScheme(
+            "a checkpoint with rotated weights (rotation_config) is not supported: its inputs would have to be rotated, too"
+        )
     scheme = resolve_scheme({key: config[key] for key in SCHEME_KEYS if config.get(key) is not None})
     overrides = {
         name: resolve_scheme({key: value[key] for key in SCHEME_KEYS if value.get(key) is not None}, base=scheme)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantized tensors to named byte tensors and back: bit order, and nothing else.
 
-To add a layout: write `layouts/<name>.py` with `name`, `data_types`, `refuse`, `empty`, `pack` and `unpack`, and add it to LAYOUTS.
-The law tests take it from there.
+To add a layout: write `layouts/<name>.py` with `name`, `data_types`, `refuse`, `empty`, `pack` and `unpack`, and add it to
+LAYOUTS. The law tests take it from there.
 """
 
 from collections.abc import Mapping

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_autoround import AutoRound, AutoRoundConfig
+from hf_autoround.errors import UnsupportedScheme
 from hf_autoround.layers.packed_linear import PackedLinear
 
 TOKENS = torch.randint(3, 416, (8, 32), generator=torch.Generator().manual_seed(0))
@@ -119,6 +120,11 @@ def test_our_round_to_nearest_equals_theirs_tensor_for_tensor(name, shared, tmp_
     for key in KEYS[written_by(name)]:
         assert config[key] == other[key], key
     assert {key: config.get(key) for key in ACTIVATIONS} == {key: other.get(key) for key in ACTIVATIONS}
+
+
+def test_rotated_weights_are_refused(shared):
+    with pytest.raises(UnsupportedScheme, match="rotated weights"):
+        AutoModelForCausalLM.from_pretrained(checkpoint(shared, "llama_mxfp4_had"))
 
 
 def test_a_file_that_contradicts_its_config_is_loaded_as_float_with_a_warning(shared, caplog, tmp_path):
