@@ -38,9 +38,7 @@ class AutoRound:
     ) -> None:
         resolved = resolve_scheme(scheme)
         if resolved.weight is not None and not isinstance(scheme, str):
-            weight = resolved.weight
-            given = {"bits": weight.bits, "group_size": weight.group_size, "sym": weight.symmetric}
-            arguments = given | arguments
+            arguments = resolved.to_dict() | arguments
         name = scheme if isinstance(scheme, str) else "W4A16"
         if resolved.weight is None and not isinstance(scheme, str):
             raise UnsupportedScheme("a scheme of 16 bits leaves every layer as it is: there is nothing to quantize")

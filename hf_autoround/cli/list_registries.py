@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import TYPE_CHECKING
 
 from hf_autoround.cli.parser import Parser
 from hf_autoround.layers.sites import WeightSite
-from hf_autoround.scheme import PRESETS, Scheme, integer_scheme, resolve_scheme
+from hf_autoround.scheme import PRESETS, Scheme, TensorSpec, integer_scheme, resolve_scheme
 
 if TYPE_CHECKING:
     from hf_autoround.backends import Backend
@@ -38,8 +39,12 @@ def formats() -> str:
     for scheme in _quantizing():
         cells = [_cell(target, scheme) for target in FORMATS]
         lines.append(f"{scheme.name:<12} " + " ".join(f"{cell:<{width}}" for cell in cells))
-    few = ", ".join(target.name for target in FORMATS if target.refuse(_SITE, integer_scheme(4, 256)))
-    lines += ["", f"sym: no asymmetric grid (--asym). Any other group size (--group_size) can be stored, but not by {few}."]
+    some = [target for target in FORMATS if target.refuse(_SITE, integer_scheme(4, 64)) is None]
+    few = ", ".join(target.name for target in some if target.refuse(_SITE, integer_scheme(4, 256)))
+    lines += [
+        "",
+        f"sym: no asymmetric grid (--asym). Integers of any other group size (--group_size) go too, but not into {few}.",
+    ]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -47,19 +52,42 @@ def _cell(target: Format, scheme: Scheme) -> str:
     """Return which of a scheme's grids a format stores."""
     if target.refuse(_SITE, scheme) is not None:
         return "-"
-    return "sym" if target.refuse(_SITE, resolve_scheme(scheme, sym=False)) else "yes"
+    integers = scheme.weight is not None and scheme.weight.data_type == "int"
+    return "sym" if integers and target.refuse(_SITE, resolve_scheme(scheme, sym=False)) else "yes"
 
 
 def schemes() -> str:
     """Return the presets with their numbers."""
-    lines = [f"{'scheme':<12} {'bits':>4} {'group':>6}  bits per weight with scales"]
+    lines = [f"{'scheme':<12} {'numbers':<8} {'bits':>4} {'group':>8}  {'inputs':<24} bits per weight with scales"]
     for scheme in PRESETS:
         if scheme.weight is None:
-            lines.append(f"{scheme.name:<12} {16:>4} {'-':>6}  16 (leaves a layer as it is)")
+            lines.append(f"{scheme.name:<12} {'float':<8} {16:>4} {'-':>8}  {'-':<24} 16 (leaves a layer as it is)")
             continue
-        bits, size = scheme.weight.bits, scheme.weight.group_size
-        lines.append(f"{scheme.name:<12} {bits:>4} {size:>6}  {bits + (16 + bits) / size:.3f}")
+        weight, stored = scheme.weight, _bits_per_weight(scheme)
+        numbers = f"{scheme.name:<12} {weight.data_type:<8} {weight.bits:>4} {_size(weight):>8}"
+        lines.append(f"{numbers}  {_inputs(scheme):<24} {stored:.3f}")
     return "\n".join(lines)
+
+
+def _size(spec: TensorSpec) -> str:
+    size = spec.group_size
+    return "x".join(map(str, size)) if isinstance(size, list) else {0: "tensor", -1: "row"}.get(size, str(size))
+
+
+def _inputs(scheme: Scheme) -> str:
+    spec = scheme.activation
+    if spec is None:
+        return "-"
+    return f"{spec.data_type}{spec.bits}, {'token' if _size(spec) == 'row' else _size(spec)}{'' if spec.dynamic else ', static'}"
+
+
+def _bits_per_weight(scheme: Scheme) -> float:
+    """Return what a layer of the ordinary size takes in format auto_round."""
+    from hf_autoround.formats.auto_round import layout_for
+
+    assert scheme.weight is not None
+    tensors = layout_for(scheme.weight, "auto_round").empty(scheme.weight, _SITE.shape)
+    return sum(8 * prod(shape) * dtype.itemsize for shape, dtype in tensors.values()) / prod(_SITE.shape)
 
 
 def backends() -> str:

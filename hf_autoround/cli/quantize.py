@@ -20,7 +20,10 @@ from hf_autoround.trainer.arguments import recipe as recipe_arguments
 
 _GROUPS = {
     "what to write": ("output_dir", "format", "max_shard_size", "hub_model_id", "hub_private_repo"),
-    "numbers": ("scheme", "bits", "group_size", "layer_config", "ignore_layers", "quant_lm_head"),
+    "numbers": (
+        "scheme", "bits", "group_size", "data_type", "act_bits", "act_group_size", "act_data_type", "layer_config",
+        "ignore_layers", "quant_lm_head",
+    ),
     "tuning": (
         "iters", "disable_opt_rtn", "lr", "minmax_lr", "momentum", "enable_adam", "enable_minmax_tuning",
         "enable_norm_bias_tuning", "enable_quanted_input", "nblocks", "batch_size", "gradient_accumulate_steps", "seed",
@@ -30,6 +33,12 @@ _GROUPS = {
     "machine": ("device_map", "low_gpu_mem_usage", "disable_amp", "trust_remote_code"),
     "watching": ("logging_steps", "report_to", "run_name", "disable_tqdm"),
 }  # fmt: skip
+
+_FALSE = (  # flags that say no to what the scheme says
+    ("--asym", "sym", "Grid with zero points instead of a symmetric one."),
+    ("--act_asym", "act_sym", "Inputs get a grid with zero points instead of a symmetric one."),
+    ("--disable_act_dynamic", "act_dynamic", "Ranges of inputs come from calibration."),
+)
 
 
 def parser(recipe: str, description: str, epilog: str) -> Parser:
@@ -56,9 +65,8 @@ def add_flags(flags: argparse.ArgumentParser, recipe: str) -> None:
         for field_name in names:
             _add(group, by_name[field_name], defaults)
         if title == "numbers":
-            group.add_argument(
-                "--asym", dest="sym", action="store_false", default=None, help="Grid with zero points instead of a symmetric one."
-            )
+            for flag, name, text in _FALSE:
+                group.add_argument(flag, dest=name, action="store_false", default=None, help=text)
 
 
 def run(words: Sequence[str], recipe: str, description: str, epilog: str) -> int:

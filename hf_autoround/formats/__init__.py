@@ -15,9 +15,10 @@ from hf_autoround.formats.auto_round import AutoRoundFormat, read_auto_round_con
 from hf_autoround.formats.base import Format, StoredPlan, StoredTensor
 from hf_autoround.formats.compressed_tensors import read_compressed_tensors_config
 from hf_autoround.formats.fake import FakeFormat
+from hf_autoround.formats.fp8 import FP8Format, read_fp8_config
+from hf_autoround.formats.llm_compressor import LLMCompressorFormat
 from hf_autoround.formats.mlx import AutoRoundMLXFormat, MLXFormat, read_mlx_config
 from hf_autoround.layers.sites import WeightSite
-from hf_autoround.models.float8_source import refuse_source
 from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.registry import find
 from hf_autoround.scheme import Scheme
@@ -26,6 +27,8 @@ FORMATS: tuple[Format, ...] = (
     AutoRoundFormat(),
     AutoGPTQFormat(),
     AutoAWQFormat(),
+    LLMCompressorFormat(),
+    FP8Format(),
     MLXFormat(),
     AutoRoundMLXFormat(),
     FakeFormat(),
@@ -37,6 +40,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], StoredPlan]] = {
     "gptq": read_gptq_config,
     "awq": read_awq_config,
     "compressed-tensors": read_compressed_tensors_config,
+    "fp8": read_fp8_config,
     "mlx": read_mlx_config,
 }
 
@@ -72,10 +76,6 @@ def read_config(config: Mapping[str, Any]) -> StoredPlan:
     Raises UnsupportedScheme for what we do not read.
     """
     method = str(config.get("quant_method", "auto-round"))
-    if refuse_source(config) is None:
-        raise UnsupportedScheme(
-            f"a checkpoint in float8 ({method}) is a source: quantize it from its files, with AutoRound(...) or hf-autoround"
-        )
     if method not in _READERS:
         raise UnsupportedScheme(f"quant_method {method!r} is not supported; there are {', '.join(_READERS)}")
     return _READERS[method](config)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_autoround import __version__
 from hf_autoround.errors import UnsupportedScheme
-from hf_autoround.formats.base import Format, StoredPlan, StoredTensor, refuse_ragged, stored_blocks
+from hf_autoround.formats.base import Format, StoredPlan, StoredTensor, refuse_inputs, refuse_ragged, stored_blocks
 from hf_autoround.formats.dynamic import dynamic_rules, read_dynamic
 from hf_autoround.layers.sites import QuantizedLayer, WeightSite
 from hf_autoround.layouts import AWQ
@@ -38,7 +38,7 @@ class AutoAWQFormat(Format):
     def refuse(self, site: WeightSite, scheme: Scheme) -> str | None:
         """Return why a site cannot be stored under a scheme, or None."""
         assert scheme.weight is not None
-        return _LAYOUT.refuse(scheme.weight, site.shape) or refuse_ragged(site)
+        return refuse_inputs(scheme) or _LAYOUT.refuse(scheme.weight, site.shape) or refuse_ragged(site)
 
     def refuse_plan(self, plan: QuantPlan) -> str | None:
         """Return why a plan cannot be stored, or None."""
@@ -103,7 +103,7 @@ def read_awq_config(config: Mapping[str, Any]) -> StoredPlan:
     overrides |= {_skipped(key): BF16 for key in config.get("modules_to_not_convert") or ()}
     if config.get("lm_head"):
         overrides["lm_head"] = scheme
-    return StoredPlan(_LAYOUT, scheme, overrides, stored_blocks(config))
+    return StoredPlan(lambda spec: _LAYOUT, scheme, overrides, stored_blocks(config))
 
 
 def _scheme(config: Mapping[str, Any], base: Scheme) -> Scheme:

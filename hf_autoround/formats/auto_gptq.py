@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hf_autoround import __version__
 from hf_autoround.errors import UnsupportedScheme
-from hf_autoround.formats.base import Format, StoredPlan, StoredTensor, refuse_ragged, stored_blocks
+from hf_autoround.formats.base import Format, StoredPlan, StoredTensor, refuse_inputs, refuse_ragged, stored_blocks
 from hf_autoround.formats.dynamic import dynamic_rules, numbers, read_dynamic
 from hf_autoround.layers.sites import QuantizedLayer, WeightSite
 from hf_autoround.layouts import GPTQ_V1, GPTQ_V2, IndexedGPTQ, Layout
@@ -43,6 +43,8 @@ class AutoGPTQFormat(Format):
     def refuse(self, site: WeightSite, scheme: Scheme) -> str | None:
         """Return why a site cannot be stored under a scheme, or None."""
         assert scheme.weight is not None
+        if scheme.activation is not None:
+            return refuse_inputs(scheme)
         if scheme.weight.bits not in _BITS:
             return f"it stores 2, 3, 4 or 8 bits, not {scheme.weight.bits}"
         return refuse_ragged(site) or GPTQ_V1.refuse(scheme.weight, site.shape)
@@ -115,7 +117,7 @@ def read_gptq_config(config: Mapping[str, Any]) -> StoredPlan:
     for head in _HEADS:
         first = next((chosen for pattern, chosen in rules.items() if re.match(pattern, head)), scheme)
         overrides[head] = first if config.get("lm_head") else BF16
-    return StoredPlan(_VERSIONS[version], scheme, overrides, stored_blocks(config))
+    return StoredPlan(lambda spec: _VERSIONS[version], scheme, overrides, stored_blocks(config))
 
 
 def _scheme(config: Mapping[str, Any], base: Scheme | None = None) -> Scheme:

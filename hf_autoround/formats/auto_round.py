@@ -16,14 +16,23 @@ from torch import Tensor
 
 from hf_autoround import __version__
 from hf_autoround.errors import UnsupportedScheme
-from hf_autoround.formats.base import Format, StoredPlan, StoredTensor, refuse_ragged, stored_blocks
+from hf_autoround.formats.base import (
+    Format,
+    StoredPlan,
+    StoredTensor,
+    packed_tensors,
+    refuse_ragged,
+    stored_blocks,
+    stored_tensors,
+)
 from hf_autoround.layers.sites import QuantizedLayer, WeightSite
-from hf_autoround.layouts import AWQ, GPTQ_V1, GPTQ_V2, MLX, Layout
+from hf_autoround.layouts import AWQ, GPTQ_V1, GPTQ_V2, LAYOUTS, MLX, Layout
 from hf_autoround.planning.fused import note_mixed
 from hf_autoround.planning.plan import QuantPlan
-from hf_autoround.scheme import BF16, Scheme, resolve_scheme
+from hf_autoround.scheme import BF16, SCHEME_KEYS, PerBlock, Scheme, TensorSpec, resolve_scheme
 
 QUANT_METHOD = "auto-round"
+# of integers: other numbers have one layout each, whatever this says
 PACKING: dict[str, Layout] = {
     "auto_round:auto_gptq": GPTQ_V1,
     "auto_round:auto_awq": AWQ(),
@@ -37,7 +46,7 @@ PACKING: dict[str, Layout] = {
 
 
 class AutoRoundFormat(Format):
-    """Integers of 2 to 8 bits."""
+    """Every data type."""
 
     name = "auto_round"
     runtimes = "hf_autoround, transformers; vLLM and SGLang at 4 and 8 bits"
@@ -45,34 +54,38 @@ class AutoRoundFormat(Format):
     def refuse(self, site: WeightSite, scheme: Scheme) -> str | None:
         """Return why a site cannot be stored under a scheme, or None."""
         assert scheme.weight is not None
-        return refuse_ragged(site) or GPTQ_V1.refuse(scheme.weight, site.shape)
+        ragged = refuse_ragged(site) if scheme.weight.data_type == "int" else None
+        return ragged or layout_for(scheme.weight, "auto_round").refuse(scheme.weight, site.shape)
 
     def refuse_plan(self, plan: QuantPlan) -> str | None:
         """Return None: every layer may have its own scheme."""
         return None
 
-    def layout(self, plan: QuantPlan) -> Layout:
-        """Return the layout that a plan's checkpoint is written in."""
-        return _packing(plan)[1]
+    def layout(self, plan: QuantPlan, scheme: Scheme) -> Layout:
+        """Return the layout of the layers of a plan that have a scheme."""
+        assert scheme.weight is not None
+        return layout_for(scheme.weight, _packing(plan))
 
     def stored(self, plan: QuantPlan, site: WeightSite, dtype: torch.dtype) -> dict[str, StoredTensor]:
         """Return name inside the layer -> (shape, dtype)."""
-        return _packing(plan)[1].empty(_weight(plan, site), site.shape)
+        scheme = plan.schemes[site.name]
+        return stored_tensors(self.layout(plan, scheme), scheme, site.shape)
 
     def store(self, plan: QuantPlan, site: WeightSite, layer: QuantizedLayer, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return name inside the layer -> tensor."""
-        return _packing(plan)[1].pack(layer.tensor, _weight(plan, site), layer.columns)
+        return packed_tensors(self.layout(plan, layer.scheme), layer)
 
-    def config(self, plan: QuantPlan, names: Mapping[str, str]) -> dict[str, Any]:
-        """Return `quantization_config`; `names` maps layer names to what the checkpoint calls them."""
+    def config(self, plan: QuantPlan, names: Mapping[str, str], packing: str | None = None) -> dict[str, Any]:
+        """Return `quantization_config`; `names` maps layer names to what the checkpoint calls them, `packing` is the
+        packing format if it is not the plan's own."""
         extra = {names.get(name, name): BF16.to_dict() for name in sorted(plan.kept)}
         for name, scheme in plan.schemes.items():
             if scheme != plan.scheme or not name.startswith(f"{plan.blocks}."):
-                extra[names.get(name, name)] = scheme.to_dict()
+                extra[names.get(name, name)] = _numbers(scheme, plan.scheme)
         config = {
             "quant_method": QUANT_METHOD,
-            "packing_format": _packing(plan)[0],
-            **plan.scheme.to_dict(),
+            "packing_format": packing or _packing(plan),
+            **_numbers(plan.scheme),
             "block_name_to_quantize": plan.blocks,
             "provider": f"hf_autoround {__version__}",
         }
@@ -81,13 +94,16 @@ class AutoRoundFormat(Format):
     def note(self, plan: QuantPlan) -> str | None:
         """Return which runtimes will not read this plan's checkpoint, or None."""
         notes = [note_mixed(plan)]
-        bits = sorted({scheme.weight.bits for scheme in plan.schemes.values() if scheme.weight} - {4, 8})
+        schemes = [scheme for scheme in plan.schemes.values() if scheme.weight is not None]
+        bits = sorted({scheme.weight.bits for scheme in schemes if scheme.weight and scheme.weight.data_type == "int"} - {4, 8})
         if bits:
             widths = ", ".join(str(width) for width in bits)
             others = "auto-round too" if set(bits) <= {2, 3} else "nothing else"
             notes.append(
                 f"auto_round at {widths} bits: transformers with hf_autoround reads it, {others}; vLLM and SGLang do not"
             )
+        if any(scheme.activation is not None for scheme in schemes):
+            notes.append("auto_round with quantized inputs: hf_autoround reads it; for vLLM take llm_compressor")
         return "; ".join(filter(None, notes)) or None
 
 
@@ -97,17 +113,26 @@ def read_auto_round_config(config: Mapping[str, Any]) -> StoredPlan:
     Raises UnsupportedScheme for numbers or layouts that we do not read.
     """
     packing = config.get("packing_format", "auto_round:auto_gptq")
-    if packing not in PACKING:
-        raise UnsupportedScheme(f"packing_format {packing!r} is not supported; there are {', '.join(PACKING)}")
-    if config.get("act_bits", 16) not in (None, 16):
-        raise UnsupportedScheme(f"act_bits {config['act_bits']} is not supported; weights alone can be quantized")
-    keys = ("bits", "group_size", "sym", "data_type")
-    scheme = resolve_scheme({key: config[key] for key in keys if config.get(key) is not None})
+    if packing not in (*PACKING, *_FLOAT_PACKING):
+        known = ", ".join(dict.fromkeys((*PACKING, *_FLOAT_PACKING)))
+        raise UnsupportedScheme(f"packing_format {packing!r} is not supported; there are {known}")
+    if config.get("rotation_config") or config.get("spinquant_config"):
+        raise UnsupportedScheme(
+            "a checkpoint with rotated weights (rotation_config) is not supported: its inputs would have to be rotated, too"
+        )
+    scheme = resolve_scheme({key: config[key] for key in SCHEME_KEYS if config.get(key) is not None})
     overrides = {
-        name: resolve_scheme({key: value[key] for key in keys if value.get(key) is not None}, base=scheme)
+        name: resolve_scheme({key: value[key] for key in SCHEME_KEYS if value.get(key) is not None}, base=scheme)
         for name, value in (config.get("extra_config") or {}).items()
     }
-    return StoredPlan(PACKING[packing], scheme, overrides, stored_blocks(config))
+    return StoredPlan(lambda spec: layout_for(spec, packing), scheme, overrides, stored_blocks(config))
+
+
+def layout_for(spec: TensorSpec, packing: str) -> Layout:
+    """Return where numbers lie under a packing format."""
+    if spec.data_type == "int":
+        return PACKING.get(packing, GPTQ_V2)
+    return next(layout for layout in LAYOUTS if spec.data_type in layout.data_types)
 
 
 def packing_format(layout: Layout) -> str:
@@ -115,15 +140,34 @@ def packing_format(layout: Layout) -> str:
     return next(name for name, known in PACKING.items() if known.name == layout.name)
 
 
-def _weight(plan: QuantPlan, site: WeightSite):  # noqa: ANN202
-    return plan.schemes[site.name].weight
+def _numbers(scheme: Scheme, base: Scheme | None = None) -> dict[str, Any]:
+    """Return a scheme's numbers; if the base scheme quantizes inputs and this one does not, that is said."""
+    if scheme.activation is not None and scheme.activation.data_type == "nv_fp":
+        return scheme.to_dict() | {"act_data_type": "nv_fp4_with_static_gs"}
+    silent = scheme.activation is None and base is not None and base.activation is not None
+    return scheme.to_dict() | ({"act_bits": 16} if silent else {})
 
 
-def _packing(plan: QuantPlan) -> tuple[str, Layout]:
-    """Choose the layout that most runtimes read: AWQ's for asymmetric 4 bits, GPTQ's otherwise."""
-    weights = [scheme.weight for scheme in plan.schemes.values() if scheme.weight is not None]
-    if all(weight.symmetric for weight in weights):
-        return "auto_round:auto_gptq", GPTQ_V1
-    if all(PACKING["auto_round:auto_awq"].refuse(_weight(plan, site), site.shape) is None for site in plan.sites):
-        return "auto_round:auto_awq", PACKING["auto_round:auto_awq"]
-    return "auto_round", GPTQ_V2
+def _packing(plan: QuantPlan) -> str:
+    """Choose the layout of integers that most runtimes read: AWQ's for asymmetric 4 bits, GPTQ's otherwise. Plans of other
+    numbers have a name that says what auto-round calls theirs."""
+    if plan.scheme.weight is not None and plan.scheme.weight.data_type != "int":
+        return float_packing(plan.scheme.weight)
+    weights = {site: plan.schemes[site.name].weight for site in plan.sites}
+    integers = {site: weight for site, weight in weights.items() if weight is not None and weight.data_type == "int"}
+    if all(weight.symmetric for weight in integers.values()):
+        return "auto_round:auto_gptq"
+    awq = PACKING["auto_round:auto_awq"]
+    if all(awq.refuse(weight, site.shape) is None for site, weight in integers.items()):
+        return "auto_round:auto_awq"
+    return "auto_round"
+
+
+_FLOAT_PACKING = ("auto_round:llm_compressor", "auto_round:fp8", "auto_round:fp8_static", "auto_round")
+
+
+def float_packing(weight: TensorSpec) -> str:
+    """Return what auto-round calls the layout of numbers that are no integers."""
+    if weight.data_type == "fp":
+        return "auto_round:fp8" if isinstance(weight.granularity, PerBlock) else "auto_round:fp8_static"
+    return "auto_round" if weight.data_type == "mx_int" else "auto_round:llm_compressor"

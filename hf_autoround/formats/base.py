@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from hf_autoround.layers.activations import input_tensors
 from hf_autoround.layers.sites import QuantizedLayer, WeightSite
 from hf_autoround.layouts import Layout
 from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.planning.resolve import matching
-from hf_autoround.scheme import Scheme
+from hf_autoround.scheme import Scheme, TensorSpec
 
 StoredTensor = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a tensor in a file
 
@@ -37,7 +38,25 @@ class Format(Protocol):
         return dict(config)
 
 
+def stored_tensors(layout: Layout, scheme: Scheme, shape: tuple[int, int]) -> dict[str, StoredTensor]:
+    """Return name inside a layer (O, I) -> (shape, dtype) of all that it holds but a bias."""
+    assert scheme.weight is not None
+    return layout.empty(scheme.weight, shape) | input_tensors(scheme)
+
+
+def packed_tensors(layout: Layout, layer: QuantizedLayer) -> dict[str, Tensor]:
+    """Return name inside a layer -> tensor of all that it holds but a bias."""
+    assert layer.scheme.weight is not None
+    inputs = {name: layer.static for name in input_tensors(layer.scheme) if layer.static is not None}
+    return layout.pack(layer.tensor, layer.scheme.weight, layer.columns) | inputs
+
+
 _MULTIPLE = 32
+
+
+def refuse_inputs(scheme: Scheme) -> str | None:
+    """Return why a format for weights alone cannot store a scheme, or None."""
+    return None if scheme.activation is None else "it stores weights alone, and nothing would quantize the inputs"
 
 
 def refuse_ragged(site: WeightSite) -> str | None:
@@ -53,14 +72,18 @@ def stored_blocks(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(blocks.replace(" ", "").split(",")) if isinstance(blocks, str) else tuple(blocks)
 
 
+LayoutOf = Callable[[TensorSpec], Layout]
+
+
 @dataclass(frozen=True)
 class StoredPlan:
-    """What a checkpoint's configuration says: the layout, the base scheme, and what differs by name or pattern.
+    """What a checkpoint's configuration says: the layout of each kind of numbers, the base scheme, and what differs by name or
+    pattern.
 
     `blocks` are the paths of the quantized lists of blocks; empty means wherever the decoder blocks are.
     """
 
-    layout: Layout
+    layout_of: LayoutOf
     scheme: Scheme
     overrides: Mapping[str, Scheme]
     blocks: tuple[str, ...] = ()

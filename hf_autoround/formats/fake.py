@@ -43,5 +43,7 @@ class FakeFormat(Format):
         return None
 
     def note(self, plan: QuantPlan) -> str | None:
-        """Return None: everything reads it."""
+        """Return what readers of floats do not do, or None."""
+        if any(scheme.activation is not None for scheme in plan.schemes.values()):
+            return "fake: what reads it does not quantize inputs"
         return None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_autoround.errors import UnsupportedScheme
 from hf_autoround.formats.auto_round import AutoRoundFormat
-from hf_autoround.formats.base import Format, StoredPlan, StoredTensor
+from hf_autoround.formats.base import Format, StoredPlan, StoredTensor, refuse_inputs
 from hf_autoround.layers.sites import QuantizedLayer, WeightSite
 from hf_autoround.layouts import MLX
 from hf_autoround.planning.fused import all_layers
@@ -40,7 +40,7 @@ class AutoRoundMLXFormat(Format):
         assert scheme.weight is not None
         if site.expert is not None:
             return "its readers want the experts of a layer in one tensor, which is not written"
-        return _LAYOUT.refuse(scheme.weight, site.shape)
+        return refuse_inputs(scheme) or _LAYOUT.refuse(scheme.weight, site.shape)
 
     def refuse_plan(self, plan: QuantPlan) -> str | None:
         """Return None: every layer may have its own scheme."""
@@ -56,7 +56,7 @@ class AutoRoundMLXFormat(Format):
 
     def config(self, plan: QuantPlan, names: Mapping[str, str]) -> dict[str, Any]:
         """Return `quantization_config`; `names` maps layer names to what the checkpoint calls them."""
-        return AutoRoundFormat().config(plan, names) | {"packing_format": "mlx"}
+        return AutoRoundFormat().config(plan, names, "mlx")
 
     def note(self, plan: QuantPlan) -> str | None:
         """Return which runtimes will not read this plan's checkpoint, or None."""
@@ -98,7 +98,7 @@ def read_mlx_config(config: Mapping[str, Any]) -> StoredPlan:
             raise UnsupportedScheme(f"an MLX checkpoint of mode {mode!r} is not supported; there is affine")
     overrides = {name: integer_scheme(layer["bits"], layer["group_size"], sym=False) for name, layer in layers.items()}
     overrides |= {name: BF16 for name, value in config.items() if value is False and "." in name}
-    return StoredPlan(_LAYOUT, integer_scheme(config["bits"], config["group_size"], sym=False), overrides)
+    return StoredPlan(lambda spec: _LAYOUT, integer_scheme(config["bits"], config["group_size"], sym=False), overrides)
 
 
 def _weight(scheme: Scheme) -> TensorSpec:

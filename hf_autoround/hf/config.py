@@ -21,7 +21,7 @@ from hf_autoround.scheme import resolve_scheme
 if TYPE_CHECKING:
     from hf_autoround.trainer.arguments import RoundingArguments
 
-_NEVER_AN_ARGUMENT = ("quant_method", "backend", "packing_format", "data_type", "stored_method", "tokenizer")
+_NEVER_AN_ARGUMENT = ("quant_method", "backend", "packing_format", "stored_method", "tokenizer")
 # for this process, not for the file (vLLM refuses checkpoints whose config names a backend it does not know)
 _NOT_SAVED = ("backend", "stored_method", "tokenizer", "dataset", "layer_config", "ignore_layers", "scheme", "iters")
 
@@ -55,7 +55,9 @@ class AutoRoundConfig(TransformersAutoRoundConfig):
         self.backend, self.scheme, self.iters = backend, scheme, iters
         self.__dict__.update(kwargs)
         if any(value is None for value in (bits, group_size, sym)):
-            weight = resolve_scheme(scheme or "W4A16", bits=bits, group_size=group_size, sym=sym).weight
+            weight = resolve_scheme(
+                scheme or "W4A16", bits=bits, group_size=group_size, sym=sym, data_type=kwargs.get("data_type")
+            ).weight
             if weight is not None:  # the plan says what is wrong with 16 bits
                 bits, group_size, sym = weight.bits, weight.group_size, weight.symmetric
         self.bits, self.group_size, self.sym = bits, group_size, sym

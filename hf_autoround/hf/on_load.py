@@ -20,10 +20,10 @@ from transformers.core_model_loading import ConversionOps
 from hf_autoround.calibration.batches import CalibrationSet
 from hf_autoround.errors import CheckpointError
 from hf_autoround.formats import AutoRoundFormat
+from hf_autoround.formats.base import packed_tensors
 from hf_autoround.hf.config import AutoRoundConfig
 from hf_autoround.hf.packed_model import by_parameter, drop_parameter, install_packed_layers
 from hf_autoround.layers.sites import QuantizedLayer, oriented
-from hf_autoround.layouts import Layout
 from hf_autoround.models.blocks import model_parts
 from hf_autoround.models.loading import refuse_model_type
 from hf_autoround.planning.plan import QuantPlan
@@ -56,7 +56,7 @@ class RoundWhileLoading(ConversionOps):
     """
 
     def __init__(self, plan: QuantPlan) -> None:
-        self.plan, self.layout = plan, FORMAT.layout(plan)
+        self.plan = plan
         self.sites = by_parameter(plan.sites)
         self.damaged: list[CheckpointError] = []
 
@@ -76,7 +76,7 @@ class RoundWhileLoading(ConversionOps):
                 except CheckpointError as error:
                     self.damaged.append(error)
                 layer = nearest(TunableWeight(part, False, self.plan.schemes[site.name]))
-                packed |= {f"{site.name}.{leaf}": tensor for leaf, tensor in _packed(layer, self.layout).items()}
+                packed |= {f"{site.name}.{leaf}": tensor for leaf, tensor in _packed(layer, self.plan).items()}
             drop_parameter(model, name)
             missing_keys.discard(name)
         return packed
@@ -97,7 +97,7 @@ def calibrate_loaded(model: PreTrainedModel, config: AutoRoundConfig, plan: Quan
 
     The model has to be whole and on one device.
     """
-    layout, sites_of = FORMAT.layout(plan), by_parameter(plan.sites)
+    sites_of = by_parameter(plan.sites)
     schemes = {name: scheme for name, (scheme, _) in plan.parameters().items()}
     with tempfile.TemporaryDirectory(prefix="hf_autoround-") as folder:
         trainer = RoundingTrainer(model, config.arguments(f"{folder}/out"), train_dataset=data)
@@ -109,14 +109,14 @@ def calibrate_loaded(model: PreTrainedModel, config: AutoRoundConfig, plan: Quan
                 model.get_parameter(name).data.copy_(tuned)
             for name, layer in result.layers.items():
                 device = model.get_parameter(name).device
+                layout = FORMAT.layout(plan, schemes[name])
                 install_packed_layers(model, {site: (schemes[name], layout) for site in sites_of[name]})
                 for site in sites_of[name]:
                     packed_layer = model.get_submodule(site.name)
-                    for leaf, tensor in _packed(layer.at(site), layout).items():
+                    for leaf, tensor in _packed(layer.at(site), plan).items():
                         packed_layer.register_parameter(leaf, nn.Parameter(tensor.to(device), requires_grad=False))
 
 
-def _packed(layer: QuantizedLayer, layout: Layout) -> dict[str, Tensor]:
+def _packed(layer: QuantizedLayer, plan: QuantPlan) -> dict[str, Tensor]:
     """Return the packed tensors of one site's result, by name inside the layer."""
-    assert layer.scheme.weight is not None
-    return layout.pack(layer.tensor, layer.scheme.weight, layer.columns)
+    return packed_tensors(FORMAT.layout(plan, layer.scheme), layer)

@@ -72,7 +72,12 @@ def install_packed_layers(
 def drop_parameter(model: PreTrainedModel, name: str) -> None:
     """Take away a float parameter that `install_packed_layers` kept."""
     path, _, leaf = name.rpartition(".")
-    del model.get_submodule(path)._parameters[leaf]
+    module = model.get_submodule(path)
+    del module._parameters[leaf]
+    if isinstance(module, PackedLinear) and leaf in module.packed_names:  # some layouts have a tensor of that name
+        size, kind = module.layout.empty(module.spec, (module.out_features, module.in_features))[leaf]
+        packed = torch.empty(size, dtype=kind, device="meta")
+        module.register_parameter(leaf, nn.Parameter(packed, requires_grad=False))
 
 
 def restore_float_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:

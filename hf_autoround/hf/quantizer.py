@@ -27,9 +27,11 @@ from hf_autoround.layouts import Layout
 from hf_autoround.models.blocks import find_sites
 from hf_autoround.models.checkpoint import stored_names
 from hf_autoround.models.loading import names_in_memory
+from hf_autoround.numerics import needs_calibration
 from hf_autoround.planning.plan import QuantPlan
-from hf_autoround.scheme import BF16
+from hf_autoround.scheme import BF16, Scheme
 from hf_autoround.trainer.arguments import RoundingArguments
+from hf_autoround.trainer.run import wanted_scheme
 
 
 class AutoRoundHfQuantizer(HfQuantizer):
@@ -44,7 +46,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
         self.arguments: RoundingArguments | None = None
         self.rounding: RoundWhileLoading | None = None  # what rounds each of its parameters, unless it is calibrated
         self.names: dict[str, str] = {}  # of its layers, in memory -> in its files
-        self.relayout: Layout | None = None  # for layers whose file has one that kernels do not read
+        self.relayouts: dict[Scheme, Layout] = {}  # for layers whose file has one that kernels do not read
         self.packed_layers: tuple[str, ...] = ()  # by name, when the model was loaded
         self.compileable = False
 
@@ -97,7 +99,8 @@ class AutoRoundHfQuantizer(HfQuantizer):
                 self.data = data_on_load(model, self.quantization_config, self.arguments)
         else:
             self.rounding = RoundWhileLoading(self.plan)
-            layers = {site: (self.plan.schemes[site.name], self.rounding.layout) for site in self.plan.sites}
+            schemes = self.plan.schemes
+            layers = {site: (schemes[site.name], FORMAT.layout(self.plan, schemes[site.name])) for site in self.plan.sites}
             install_packed_layers(model, layers, keep_parameters=True)
 
     def _prepare_packed(self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None) -> None:
@@ -109,7 +112,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
             self.quantization_config = AutoRoundConfig(**stored.config, backend=config.backend)
         model.config.__dict__.pop(QUANTIZATION, None)  # save_pretrained leaves out what else mlx-lm needs
         install_packed_layers(model, stored.layers, biases=stored.biases)
-        self.relayout = stored.relayout
+        self.relayouts = stored.relayouts
         # groups in order need no index
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), r"\.g_idx$"}
 
@@ -126,7 +129,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
             if isinstance(module, PackedLinear):
                 self.packed_layers += (name,)
                 module.requires_grad_(False)  # transformers makes float parameters trainable
-                if self.relayout is not None:
+                if module.scheme in self.relayouts:
                     self._relayout(name, module)
         backends = assign_backends(model, self.quantization_config.backend)
         # packed experts look at the router's choice, which breaks a graph
@@ -170,17 +173,20 @@ class AutoRoundHfQuantizer(HfQuantizer):
         self.quantization_config.extra_config = {**named, name: BF16.to_dict()}
 
     def _relayout(self, name: str, layer: PackedLinear) -> None:
-        assert self.relayout is not None
         if layer.device.type == "meta":
             raise UnsupportedLayer(
                 f"{name} is offloaded and lies in compressed-tensors' layout, which no kernel reads; load the model without "
                 "offloading, save it (in auto_round form) and load that"
             )
-        layer.relayout(self.relayout)
+        layer.relayout(self.relayouts[layer.scheme])
 
     @property
     def _needs_data(self) -> bool:
         """Whether the model is calibrated once it is loaded, or rounded while it loads."""
         config = self.quantization_config
         searched = getattr(config, "dataset", None) is not None and not getattr(config, "disable_opt_rtn", False)
-        return not self.pre_quantized and bool(config.iters or searched or getattr(config, "end_to_end_steps", 0))
+        if self.pre_quantized or self.arguments is None:
+            return False
+        schemes = self.plan.schemes.values() if self.plan else (wanted_scheme(self.arguments),)
+        tuned = config.iters or getattr(config, "end_to_end_steps", 0)
+        return bool(tuned or searched) or any(map(needs_calibration, schemes))

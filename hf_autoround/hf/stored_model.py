@@ -7,7 +7,8 @@ The configuration says what should be; the files say what is. Where they differ,
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,15 +17,16 @@ from transformers.utils import logging
 
 from hf_autoround.errors import UnsupportedLayer
 from hf_autoround.formats import AutoRoundFormat, StoredPlan
-from hf_autoround.formats.auto_round import PACKING, packing_format
+from hf_autoround.formats.auto_round import PACKING, float_packing, layout_for, packing_format
+from hf_autoround.formats.base import LayoutOf
 from hf_autoround.layers.sites import WeightSite
-from hf_autoround.layouts import GPTQ, GPTQ_V1, GPTQ_V2, MLX, IndexedGPTQ, Layout
+from hf_autoround.layouts import GPTQ, MLX, IndexedGPTQ, Layout
 from hf_autoround.layouts.gptq_indexed import groups_in_order
 from hf_autoround.models.blocks import find_sites, model_parts, other_matrices
 from hf_autoround.models.checkpoint import read_tensors, stored_names
 from hf_autoround.models.loading import names_in_memory
 from hf_autoround.planning.plan import QuantPlan
-from hf_autoround.scheme import Scheme
+from hf_autoround.scheme import Scheme, TensorSpec
 
 logger = logging.get_logger(__name__)
 
@@ -36,20 +38,20 @@ _WEIGHTS = ("qweight", "weight_packed", "weight")  # what files call the tensor 
 class StoredModel:
     """What to make of a checkpoint: the packed layers, the names of those with a bias, and the same in auto_round's words.
 
-    `config` is None if auto_round cannot say it: groups of inputs out of order. `relayout` is the layout that layers get once
-    they are loaded, None if they keep the file's.
+    `config` is None if auto_round cannot say it: groups of inputs out of order. `relayouts` are the layouts that layers get
+    once they are loaded, by the scheme of those that do not keep the file's.
     """
 
     layers: dict[WeightSite, tuple[Scheme, Layout]]
     biases: set[str]
     config: dict[str, Any] | None
-    relayout: Layout | None
+    relayouts: dict[Scheme, Layout]
 
 
 def read_stored_model(model: PreTrainedModel, stored: StoredPlan, files: Iterable[str] | None) -> StoredModel:
     """Return what a checkpoint holds for a model on the meta device; `files` are its weight files (None: not known)."""
     parts, files = model_parts(model), list(files or ())
-    stored = replace(stored, layout=_stored_layout(stored.layout, files))
+    layout_of = _with_stored_dtype(stored.layout_of, files)
     keys = {name: key for key, name in names_in_memory(model, stored_names(files)).items()}
     scattered_layers = _scattered_layers(files, {key: name for name, key in keys.items()}, stored)
     sites = find_sites(model)
@@ -60,8 +62,9 @@ def read_stored_model(model: PreTrainedModel, stored: StoredPlan, files: Iterabl
         own = names.get(site.name, site.name)
         inside = any(name.startswith(f"{path}.") for path in stored.blocks or (parts.blocks,) for name in (site.name, own))
         scheme = stored.scheme_of(own, inside)
-        if scheme is not None and (not files or _is_packed(site, scheme, stored.layout, keys)):
-            layers[site] = scheme, _indexed(stored.layout) if site.name in scattered_layers else stored.layout
+        layout = None if scheme is None or scheme.weight is None else layout_of(scheme.weight)
+        if scheme is not None and layout is not None and (not files or _is_packed(site, scheme, layout, keys)):
+            layers[site] = scheme, _indexed(layout) if site.name in scattered_layers else layout
             continue
         if scheme is not None:
             logger.warning(
@@ -69,21 +72,26 @@ def read_stored_model(model: PreTrainedModel, stored: StoredPlan, files: Iterabl
             )
         if parts.block_of(site.name) is not None or site.name == parts.head:
             kept[site.name] = "the checkpoint holds it as float"
-    _refuse_others(layers, stored.layout, keys)
+    _refuse_others(layers, keys)
     schemes = {site.name: scheme for site, (scheme, _) in layers.items()}
     plan = QuantPlan(stored.scheme, tuple(layers), schemes, kept, parts.blocks)
-    loaded = loaded_layout(stored)
-    config = AutoRoundFormat().config(plan, names) | {"packing_format": packing_format(loaded)}
+    packing = loaded_packing(layers.values(), stored.scheme)
+    loaded = {scheme: layout_for(scheme.weight, packing) for scheme, _ in layers.values() if scheme.weight is not None}
+    relayouts = {scheme: loaded[scheme] for scheme, layout in layers.values() if loaded[scheme].name != layout.name}
+    config = AutoRoundFormat().config(plan, names, packing)
     biases = {site.name for site in layers if f"{site.name}.bias" in keys}
-    return StoredModel(layers, biases, None if scattered_layers else config, None if loaded == stored.layout else loaded)
+    return StoredModel(layers, biases, None if scattered_layers else config, {} if scattered_layers else relayouts)
 
 
-def loaded_layout(stored: StoredPlan) -> Layout:
-    """Return the layout that layers have once they are loaded: the file's, if auto_round has a name for it."""
-    if stored.layout.name in {layout.name for layout in PACKING.values()}:
-        return stored.layout
-    schemes = [scheme.weight for scheme in (stored.scheme, *stored.overrides.values()) if scheme.weight is not None]
-    return GPTQ_V1 if all(weight.symmetric for weight in schemes) else GPTQ_V2
+def loaded_packing(layers: Iterable[tuple[Scheme, Layout]], base: Scheme) -> str:
+    """Return the packing format that layers have once they are loaded: the file's, if auto_round has a name for it."""
+    if base.weight is not None and base.weight.data_type != "int":
+        return float_packing(base.weight)
+    integers = {scheme.weight: layout for scheme, layout in layers if scheme.weight and scheme.weight.data_type == "int"}
+    layouts = {layout.name: layout for layout in integers.values()}
+    if len(layouts) == 1 and layouts.keys() <= {layout.name for layout in PACKING.values()}:
+        return packing_format(*layouts.values())
+    return "auto_round:auto_gptq" if all(weight.symmetric for weight in integers) else "auto_round"
 
 
 def disk_names(sites: Iterable[WeightSite], keys: Mapping[str, str]) -> dict[str, str]:
@@ -102,16 +110,23 @@ def _is_packed(site: WeightSite, scheme: Scheme, layout: Layout, keys: Mapping[s
     return any(f"{site.name}.{leaf}" in keys for leaf in layout.empty(scheme.weight, site.shape) if leaf != "weight")
 
 
-def _stored_layout(layout: Layout, files: list[str]) -> Layout:
-    """Return the layout with the dtype that the files' scales have, where it may have several."""
-    if not isinstance(layout, MLX):
-        return layout
-    return next((MLX(scales.dtype) for _, scales in read_tensors(files, ".scales")), layout)
+def _with_stored_dtype(layout_of: LayoutOf, files: list[str]) -> LayoutOf:
+    """Return the layouts with the dtype that the files' scales have, where they may have several."""
+
+    @cache
+    def of(spec: TensorSpec) -> Layout:
+        layout = layout_of(spec)
+        if not isinstance(layout, MLX):
+            return layout
+        return next((MLX(scales.dtype) for _, scales in read_tensors(files, ".scales")), layout)
+
+    return of
 
 
-def _refuse_others(layers: Iterable[WeightSite], layout: Layout, keys: Mapping[str, str]) -> None:
+def _refuse_others(layers: Mapping[WeightSite, tuple[Scheme, Layout]], keys: Mapping[str, str]) -> None:
     """Raise UnsupportedLayer if an MLX checkpoint holds anything else packed: its codes are called as floats are."""
-    packed = {name.removesuffix(".scales") for name in keys if name.endswith(".scales")} if isinstance(layout, MLX) else set()
+    mlx = any(isinstance(layout, MLX) for _, layout in layers.values())
+    packed = {name.removesuffix(".scales") for name in keys if mlx and name.endswith(".scales")}
     for name in sorted(packed - {site.name for site in layers}):
         raise UnsupportedLayer(
             f"{name} is quantized in this MLX checkpoint, and packed layers stand for linear ones of the decoder only; "

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_autoround.layers.activations import InputQuantizer, input_tensors
 from hf_autoround.layouts import IntegerLayout, Layout
 from hf_autoround.numerics import QuantizedTensor, dequantize
 from hf_autoround.numerics.grouping import ungroup
@@ -41,7 +42,7 @@ class Repacked(nn.Module, ABC):
 
 
 class PackedLinear(nn.Module):
-    """`y = x W^T + b` on packed weights: x (..., I) -> y (..., O). Differentiable in x."""
+    """`y = x W^T + b` on packed weights, of quantized x if the scheme says so: (..., I) -> (..., O). Differentiable in x."""
 
     def __init__(
         self,
@@ -58,8 +59,8 @@ class PackedLinear(nn.Module):
         self.scheme, self.layout, self.kernel = scheme, layout, kernel or dequantize_and_multiply
         self.transposed = False  # whether it stands for a Conv1D, which stores (I, O)
         self.compute_dtype = dtype  # what the plain layer's weight would be; PEFT looks here too
-        self.packed_names = tuple(layout.empty(self.spec, shape))
-        for name, (size, kind) in layout.empty(self.spec, shape).items():
+        self.packed_names, self.input_names = tuple(layout.empty(self.spec, shape)), tuple(input_tensors(scheme))
+        for name, (size, kind) in (layout.empty(self.spec, shape) | input_tensors(scheme)).items():
             self.register_parameter(name, nn.Parameter(torch.empty(size, dtype=kind), requires_grad=False))
         self.register_parameter("bias", nn.Parameter(torch.empty(shape[0], dtype=dtype), requires_grad=False) if bias else None)
         self.repacked: Repacked | None = None
@@ -127,7 +128,14 @@ class PackedLinear(nn.Module):
             self.repack(kind)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.kernel(self, inputs)
+        return self.kernel(self, self.quantized_inputs(inputs))
+
+    def quantized_inputs(self, inputs: Tensor) -> Tensor:
+        """Return what the weight is multiplied with."""
+        if self.scheme.activation is None:
+            return inputs
+        static = getattr(self, self.input_names[0]) if self.input_names else None
+        return InputQuantizer(self.scheme.activation, static)(inputs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move, but never cast, what is packed: `.to(bfloat16)` must not round the scales.
@@ -137,7 +145,8 @@ class PackedLinear(nn.Module):
         if self.repacked is not None and fn(torch.empty(0, device=self.device)).device.type != self.device.type:
             self.restore()
             self.kernel = dequantize_and_multiply
-        packed = {id(tensor) for name, tensor in self._parameters.items() if name in self.packed_names}
+        kept = {*self.packed_names, *self.input_names}
+        packed = {id(tensor) for name, tensor in self._parameters.items() if name in kept}
         if self.repacked is not None:
             packed |= {id(buffer) for buffer in self.repacked.buffers()}
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype

@@ -47,12 +47,14 @@ class QuantizedLayer:
     """One site's (or one whole parameter's) result: frozen numbers, grouped ([E,] O, G, S), and their scheme.
 
     `error` is how far the whole parameter is from its float values: the norm of the difference over their norm.
+    `static` ([E,] 1) is what calibration gave for its inputs, None if they are not quantized so.
     """
 
     tensor: QuantizedTensor
     columns: int
     scheme: Scheme
     error: float
+    static: Tensor | None = None
 
     def weight(self) -> Tensor:
         """Return the float32 weight, ([E,] O, I)."""
@@ -60,11 +62,8 @@ class QuantizedLayer:
 
     def at(self, site: WeightSite) -> QuantizedLayer:
         """Return the part of a parameter's result that belongs to one of its sites."""
-        tensor = self.tensor
-        assert isinstance(tensor.scale, Tensor) and tensor.minimum is None
-        zero_point = None if tensor.zero_point is None else site.part(tensor.zero_point)
-        part = QuantizedTensor(site.part(tensor.elements), site.part(tensor.scale), zero_point)
-        return replace(self, tensor=part)
+        static = self.static if self.static is None or site.expert is None else self.static[site.expert]
+        return replace(self, tensor=self.tensor.map(site.part), static=static)
 
 
 def oriented(parameter: Tensor, transposed: bool) -> Tensor:

@@ -29,6 +29,7 @@ class AWQ:
     """The layout; it has no options."""
 
     name: str = "awq"
+    data_types: tuple[str, ...] = ("int",)
 
     def refuse(self, spec: TensorSpec, shape: tuple[int, int]) -> str | None:
         """Return why a weight (O, I) cannot be stored, or None."""

@@ -4,6 +4,8 @@
 32 codes fill b words exactly, so every width from 1 to 8 goes through the same 32 shifts; codes may straddle words.
 Widths that divide 8 go byte by byte, five times faster: layers are repacked while a checkpoint loads.
 
+Floats of 4 bits are such codes: a sign and which of eight magnitudes.
+
 Shapes: R rows, n codes per row, W = ceil(n b / 32) words per row.
 """
 
@@ -36,6 +38,19 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         if shift + bits > 32:
             words[..., word + 1] |= value >> (32 - shift)
     return words.to(torch.int32).flatten(1)[:, : word_count(count, bits)].contiguous()
+
+
+def pack_nibbles(values: Tensor, magnitudes: Tensor) -> Tensor:
+    """Pack (R, n) numbers, each plus or minus one of eight magnitudes (in order), into bytes (R, n / 2): sign, then which."""
+    numbers = values.float()
+    codes = torch.bucketize(numbers.abs(), magnitudes) + 8 * torch.signbit(numbers)
+    return pack_bits(codes, 4).view(torch.uint8)
+
+
+def unpack_nibbles(octets: Tensor, magnitudes: Tensor) -> Tensor:
+    """Undo `pack_nibbles`: float32 numbers (R, n), -0 among them."""
+    codes = torch.stack([octets & 15, octets >> 4], -1).flatten(1)
+    return torch.cat([magnitudes, -magnitudes]).to(octets.device)[codes.int()]
 
 
 def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:

@@ -28,6 +28,7 @@ class GPTQ:
 
     name: str
     zero_offset: int
+    data_types: tuple[str, ...] = ("int",)
 
     def refuse(self, spec: TensorSpec, shape: tuple[int, int]) -> str | None:
         """Return why a weight (O, I) cannot be stored, or None."""

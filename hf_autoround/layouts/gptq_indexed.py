@@ -28,6 +28,7 @@ class IndexedGPTQ:
     """The tensors of `plain`, and `g_idx`."""
 
     plain: GPTQ
+    data_types: tuple[str, ...] = ("int",)
 
     @property
     def name(self) -> str:

@@ -32,6 +32,7 @@ class MLX:
 
     scale_dtype: torch.dtype = torch.float16
     name: str = "mlx"
+    data_types: tuple[str, ...] = ("int",)
 
     def refuse(self, spec: TensorSpec, shape: tuple[int, int]) -> str | None:
         """Return why a weight (O, I) cannot be stored, or None."""

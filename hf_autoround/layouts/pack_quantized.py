@@ -27,6 +27,7 @@ class PackQuantized:
     """The layout; it has no options."""
 
     name: str = "pack_quantized"
+    data_types: tuple[str, ...] = ("int",)
 
     def refuse(self, spec: TensorSpec, shape: tuple[int, int]) -> str | None:
         """Return why a weight (O, I) cannot be stored, or None."""

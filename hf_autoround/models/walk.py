@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from hf_autoround.errors import UnsupportedLayer
+from hf_autoround.layers.activations import InputQuantizer, quantized_inputs
 from hf_autoround.layers.fake_quantized_block import run_block
 
 
@@ -75,23 +76,36 @@ class Captured:
 
 @dataclass(frozen=True)
 class BlockRunner:
-    """Consecutive blocks (usually one), with their own arguments, as one function of hidden states and weights."""
+    """Consecutive blocks (usually one), with their own arguments, as one function of hidden states and weights.
+
+    `inputs` says, by full parameter name, whether a weight lies transposed and how its inputs are quantized.
+    """
 
     names: tuple[str, ...]
     blocks: tuple[nn.Module, ...]
     arguments: tuple[BlockArguments, ...]
     device: torch.device
     autocast: torch.dtype | None = None
+    inputs: Mapping[str, tuple[bool, InputQuantizer]] = field(default_factory=dict)
 
     def __call__(self, hidden: Tensor, indices: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """Return the hidden states after the blocks for samples `indices` (B,); `weights` go by full parameter name."""
+        """Return the hidden states after the blocks for samples `indices` (B,); `weights` go by full parameter name, and
+        the inputs of those among them are quantized."""
         hidden = hidden.to(self.device)
         with autocast(self.device, self.autocast):
             for name, block, arguments in zip(self.names, self.blocks, self.arguments, strict=True):
                 args, kwargs = arguments.at(indices, self.device)
                 own = {key.removeprefix(f"{name}."): weights[key] for key in weights if key.startswith(f"{name}.")}
-                hidden = run_block(block, hidden, args, kwargs, own)
+                quantized = {key: (own[key], *how) for key, how in self._inputs_of(name, own)}
+                with quantized_inputs(quantized):
+                    hidden = run_block(block, hidden, args, kwargs, own)
         return hidden
+
+    def _inputs_of(self, block: str, own: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[bool, InputQuantizer]]]:
+        """Yield the name inside a block, and how its inputs are quantized, of each of these weights that has such."""
+        for name, how in self.inputs.items():
+            if name.startswith(f"{block}.") and (inside := name.removeprefix(f"{block}.")) in own:
+                yield inside, how
 
     @torch.no_grad()
     def all(self, hidden: Tensor, weights: Mapping[str, Tensor], batch_size: int) -> Tensor:

@@ -10,18 +10,17 @@ Shapes: ... leading dimensions, G groups per row, S elements per group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_autoround.numerics.base import DataType, by_groups, refuse_ragged, refuse_static
 from hf_autoround.numerics.quantized import QuantizedTensor, dequantize
-from hf_autoround.numerics.rounding import round_to_float16
+from hf_autoround.numerics.rounding import round_to_bfloat16, round_to_float16
 from hf_autoround.numerics.search import best_of_grid
 from hf_autoround.numerics.tunables import Tunables, learned
-from hf_autoround.scheme import TensorSpec
+from hf_autoround.scheme import ActivationSpec, PerBlock, PerTensor, TensorSpec
 
 SMALLEST_SCALE = 1e-5  # a group of zeros still needs a scale that float16 can hold
 
@@ -44,13 +43,23 @@ class IntegerTunables(Tunables):
         self.scale.clamp_(0.0, 2.0)
 
 
-class Integer:
+class Integer(DataType):
     """The data type `int`."""
 
     name = "int"
     tunables = IntegerTunables
 
-    def neutral(self, groups: Tensor, spec: TensorSpec) -> IntegerTunables:
+    def refuse(self, spec: TensorSpec, columns: int | None) -> str | None:
+        """Return why there are no such weights, or None: integers have any number of inputs."""
+        if isinstance(spec.granularity, PerTensor | PerBlock):
+            return f"integers have a scale for each row or group of inputs, not group_size={spec.group_size}"
+        return None
+
+    def refuse_inputs(self, spec: ActivationSpec, columns: int | None) -> str | None:
+        """Return why inputs cannot be quantized so, or None."""
+        return refuse_static(spec) or refuse_ragged(spec, columns, may_be_short=True)
+
+    def neutral(self, groups: Tensor, spec: TensorSpec, largest: Tensor | None = None) -> IntegerTunables:
         """Return the tunables of round to nearest: the scale covers the range of each group (..., G, S)."""
         low = groups.amin(-1, keepdim=True).clamp(max=0)
         high = groups.amax(-1, keepdim=True).clamp(min=0)
@@ -59,18 +68,19 @@ class Integer:
             return _tunables(groups, start, None)
         levels = 2**spec.bits - 1
         # in bfloat16, as other tools compute it from bfloat16 weights: the scale is then exact in a bfloat16 kernel too
-        start = _bfloat16(_bfloat16(high - low) / levels)
+        start = round_to_bfloat16(round_to_bfloat16(high - low) / levels)
         zero_point = (-low / effective_scale(start)).round().clamp(0, levels)
         return _tunables(groups, start, zero_point)
 
-    def search(self, groups: Tensor, spec: TensorSpec, importance: Tensor | None) -> IntegerTunables:
-        """Return the tunables with the scale (and zero point) of least weighted squared error.
-
-        `importance` (..., G, S), or broadcastable, weighs each element's error; None weighs all alike.
-        """
+    def search(
+        self, groups: Tensor, spec: TensorSpec, importance: Tensor | None, largest: Tensor | None = None
+    ) -> IntegerTunables:
+        """Return the tunables with the scale (and zero point) of least weighted squared error."""
         return self._searched(groups, spec, importance, signs=(1.0, -1.0))
 
-    def candidates(self, groups: Tensor, spec: TensorSpec, importance: Tensor | None) -> list[IntegerTunables]:
+    def candidates(
+        self, groups: Tensor, spec: TensorSpec, importance: Tensor | None, largest: Tensor | None = None
+    ) -> list[IntegerTunables]:
         """Return tunables among which each group may choose by the layer's own output, likeliest first.
 
         The weighted search with the scale's sign kept and free, the search that weighs all inputs alike, and the range.
@@ -101,13 +111,8 @@ class Integer:
         """
         return 2.0 ** (2 - spec.bits)
 
-    def quantize(
-        self, groups: Tensor, spec: TensorSpec, tunables: IntegerTunables, shared: Mapping[str, Any] | None = None
-    ) -> QuantizedTensor:
-        """Return the grid values of `groups` (..., G, S) under `tunables`, differentiable in what is learned.
-
-        Integers have nothing to share between layers: `shared` is ignored.
-        """
+    def quantize(self, groups: Tensor, spec: TensorSpec, tunables: IntegerTunables) -> QuantizedTensor:
+        """Return the grid values of `groups` (..., G, S) under `tunables`, differentiable in what is learned."""
         # float16, as every int4 kernel reads it: rounding the scale *before* dividing makes the trained codes and the
         # kernel's arithmetic agree to the last bit.
         scale = effective_scale(tunables.start * tunables.scale)
@@ -118,6 +123,40 @@ class Integer:
     def freeze(self, quantized: QuantizedTensor, spec: TensorSpec) -> QuantizedTensor:
         """Return what ships: 8-bit codes (signed when symmetric), float16 scales."""
         return quantized.frozen(torch.int8 if spec.symmetric else torch.uint8, torch.float16)
+
+    def input_scale(self, largest: Tensor, spec: ActivationSpec) -> Tensor:
+        """Return the scale for inputs no larger than this."""
+        return (largest.float() / _half_range(spec)).clamp(min=torch.finfo(torch.float32).eps)
+
+    def quantize_inputs(self, inputs: Tensor, spec: ActivationSpec, static: Tensor | None) -> Tensor:
+        """Return the inputs as products see them, computed in their dtype.
+
+        Symmetric inputs reach half a step beyond the largest code, so that the range is used evenly: what
+        compressed-tensors does. https://github.com/vllm-project/compressed-tensors
+        """
+        half = 2 ** (spec.bits - 1)
+
+        def rounded(groups: Tensor) -> Tensor:
+            if static is not None:
+                scale, zero = static.to(groups.dtype), 0
+            elif spec.symmetric:
+                scale, zero = _not_zero(groups.abs().amax(-1, keepdim=True) / _half_range(spec)), 0
+            else:
+                low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+                scale = (high - low) / (2 * half - 1)
+                zero = torch.where(scale == 0, -half, (-half - low / scale).clamp(-half, half - 1).round())
+                scale = _not_zero(scale)
+            return ((groups / scale + zero).clamp(-half, half - 1).round() - zero) * scale
+
+        return by_groups(inputs, spec, rounded)
+
+
+def _half_range(spec: TensorSpec) -> float:
+    return (2**spec.bits - 1) / 2
+
+
+def _not_zero(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
 
 
 def grid(spec: TensorSpec) -> tuple[int, int]:
@@ -131,10 +170,6 @@ def effective_scale(scale: Tensor) -> Tensor:
     rounded = round_to_float16(scale)
     floor = torch.where(rounded < 0, -SMALLEST_SCALE, SMALLEST_SCALE)
     return torch.where(rounded.abs() < SMALLEST_SCALE, round_to_float16(floor), rounded)
-
-
-def _bfloat16(values: Tensor) -> Tensor:
-    return values.bfloat16().float()
 
 
 def _tunables(groups: Tensor, start: Tensor, zero_point: Tensor | None) -> IntegerTunables:

@@ -19,9 +19,16 @@ FUSED = {
     "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
     "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
+    "w13": ("w1", "w3"),
 }
 _FUSED_INTO = {leaf: name for name, leaves in FUSED.items() for leaf in leaves}
 _EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
+
+
+def fused_name(name: str) -> str:
+    """Return an engine's name for the matrix that a layer becomes a part of; experts stay apart."""
+    parent, dot, leaf = name.rpartition(".")
+    return parent + dot + _FUSED_INTO.get(leaf, leaf)
 
 
 def fused_units(layers: Mapping[str, Scheme]) -> dict[str, dict[str, Scheme]]:
@@ -29,8 +36,7 @@ def fused_units(layers: Mapping[str, Scheme]) -> dict[str, dict[str, Scheme]]:
     units: dict[str, dict[str, Scheme]] = {}
     for name, scheme in layers.items():
         expert = _EXPERT.match(name)
-        parent, dot, leaf = name.rpartition(".")
-        unit = expert[1] if expert else parent + dot + _FUSED_INTO.get(leaf, leaf)
+        unit = expert[1] if expert else fused_name(name)
         units.setdefault(unit, {})[name] = scheme
     return units
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -59,10 +60,11 @@ def plan_model(
         keep_float=list(other_matrices(model, parts, inside)),
         refuse=refuse,
     )
+    outside = [site.name for site in every if parts.block_of(site.name) is None and site.name != parts.head]
+    kept = {**plan.kept, **dict.fromkeys(outside, "it lies outside of the blocks")}
     if parts.head is not None and not wanted:
-        kept = {**plan.kept, parts.head: "quant_lm_head was not asked for"}
-        return QuantPlan(plan.scheme, plan.sites, plan.schemes, kept, plan.blocks)
-    return plan
+        kept[parts.head] = "quant_lm_head was not asked for"
+    return replace(plan, kept=kept)
 
 
 def _means_head_alone(key: str, parts: ModelParts, inside: list[WeightSite]) -> bool:

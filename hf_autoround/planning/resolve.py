@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from hf_autoround.errors import UnknownName, UnsupportedLayer, UnsupportedScheme
 from hf_autoround.layers.sites import WeightSite
 from hf_autoround.models.quirks import KEEP_FLOAT
+from hf_autoround.numerics import refuse_scheme
+from hf_autoround.numerics.grouping import rows_together
 from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.registry import suggest
 from hf_autoround.scheme import BF16, Scheme, SchemeLike, resolve_scheme
@@ -36,6 +38,9 @@ def resolve_plan(
     Raises UnknownName for a key that matches nothing, UnsupportedLayer or UnsupportedScheme for what cannot be stored.
     """
     config = {key: resolve_scheme(value, base=scheme) for key, value in (layer_config or {}).items()}
+    for each in (scheme, *config.values()):
+        if reason := refuse_scheme(each):
+            raise UnsupportedScheme(f"{each.name} is not possible: {reason}")
     ignored = list(ignore_layers)
     names = [site.name for site in sites]
     matched = {key: matching(key, names) for key in [*config, *ignored]}
@@ -52,6 +57,10 @@ def resolve_plan(
             kept[site.name] = "its scheme is 16 bits"
         elif not named and site.name.rpartition(".")[2] in KEEP_FLOAT:
             kept[site.name] = "it decides where tokens go"
+        elif reason := refuse_scheme(chosen, site.shape[1]) or _refuse_cut(site, chosen):
+            if named:
+                raise UnsupportedScheme(f"{site.name} cannot have {chosen.name}: {reason}")
+            kept[site.name] = f"it cannot have {chosen.name}: {reason}"
         elif reasons := refuse(site, chosen):
             if named:
                 raise UnsupportedScheme("; ".join(f"{name} cannot store {site.name}: {why}" for name, why in reasons.items()))
@@ -94,6 +103,14 @@ def _choose(
         if site.name in matched[key]:
             return config[key], config[key].weight is not None
     return scheme, site.name == head
+
+
+def _refuse_cut(site: WeightSite, scheme: Scheme) -> str | None:
+    """Return why blocks of rows would reach from one site of a fused parameter into the next, or None."""
+    together = rows_together(scheme.weight.granularity) if scheme.weight else None
+    if site.rows is not None and together is not None and site.shape[0] % together:
+        return f"it is a part of a fused parameter and needs a multiple of {together} outputs there, not {site.shape[0]}"
+    return None
 
 
 def _no_match(key: str, names: list[str]) -> str:

@@ -7,12 +7,13 @@ Shapes: N samples (of this process' share), T tokens, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from hf_autoround.errors import CalibrationError, CheckpointError
+from hf_autoround.layers.activations import input_quantizer
 from hf_autoround.layers.fake_quantized_block import InputStatistics, watch_inputs
 from hf_autoround.layers.sites import oriented
 from hf_autoround.models.attention import use_chunked_attention
@@ -22,7 +23,9 @@ from hf_autoround.models.memory import release_memory
 from hf_autoround.models.placement import Placement
 from hf_autoround.models.processes import Processes
 from hf_autoround.models.walk import BlockArguments, BlockRunner, capture, finish
+from hf_autoround.numerics import data_type
 from hf_autoround.planning.plan import QuantPlan
+from hf_autoround.streams.ranges import shared_ranges
 from hf_autoround.streams.shards import refuse_not_finite
 from hf_autoround.streams.shares import share_of
 from hf_autoround.tuning import BlockResult, BlockTask, TunableWeight
@@ -157,8 +160,33 @@ class BlockWalk:
             for each in self.processes.gather(seen if self.processes.count == 1 else seen.on_cpu()):
                 statistics.add(each)
 
-    def task(self, place: int, runner: BlockRunner, statistics: InputStatistics) -> BlockTask:
-        """Return what the algorithm needs of a resident unit."""
+    def calibrated(self, runner: BlockRunner, statistics: InputStatistics) -> dict[str, Tensor]:
+        """Return what calibration gives for the inputs of a unit's weights, ([E,] 1), where their schemes ask for it.
+
+        Raises CalibrationError if no inputs were seen.
+        """
+        found = {}
+        for name, _, _ in self.weights(runner):
+            spec = self.schemes[name].activation
+            if spec is not None and data_type(spec).calibrates_inputs(spec):
+                if name not in statistics.largest:
+                    raise CalibrationError(f"no inputs of {name} were seen, and {self.schemes[name].name} needs their range")
+                largest = statistics.largest[name]
+                unseen = largest.max().expand_as(largest)  # experts that saw no token get the range of the others
+                found[name] = data_type(spec).input_scale(torch.where(largest > 0, largest, unseen), spec)
+        return found
+
+    def quantizing(self, runner: BlockRunner, static: Mapping[str, Tensor]) -> BlockRunner:
+        """Return a runner that quantizes the inputs of what it replaces as the schemes say."""
+        inputs = {
+            name: (transposed, quantizer)
+            for name, _, transposed in self.weights(runner)
+            if (quantizer := input_quantizer(self.schemes[name], static.get(name))) is not None
+        }
+        return replace(runner, inputs=inputs)
+
+    def task(self, place: int, runner: BlockRunner, statistics: InputStatistics, static: Mapping[str, Tensor]) -> BlockTask:
+        """Return what the algorithm needs of a resident unit; `static` is what calibration gave."""
         inputs, float_inputs, targets, where = self.inputs, self.float_inputs, self.targets, self.share.place
 
         def run(indices: Tensor, replaced: Mapping[str, Tensor]) -> Tensor:
@@ -170,9 +198,7 @@ class BlockWalk:
             with torch.no_grad():
                 return runner(float_inputs[where[indices]], where[indices], {})
 
-        weights = {
-            name: TunableWeight(tensor, transposed, self.schemes[name]) for name, tensor, transposed in self.weights(runner)
-        }
+        weights = self.tunable({name: (tensor, transposed) for name, tensor, transposed in self.weights(runner)}, static)
         return BlockTask(
             seed=self.settings.seed * 1_000_003 + place,
             samples=self.samples,
@@ -188,6 +214,14 @@ class BlockWalk:
             share=self.share.of,
             total=self.processes.total,
         )
+
+    def tunable(self, weights: Mapping[str, tuple[Tensor, bool]], static: Mapping[str, Tensor]) -> dict[str, TunableWeight]:
+        """Return parameters (name -> tensor, transposed) as algorithms take them."""
+        ranges = shared_ranges(self.plan, weights)
+        return {
+            name: TunableWeight(tensor, transposed, self.schemes[name], ranges.get(name), static.get(name))
+            for name, (tensor, transposed) in weights.items()
+        }
 
     @torch.no_grad()
     def advance_quantized(self, runner: BlockRunner, result: BlockResult) -> None:

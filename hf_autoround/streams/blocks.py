@@ -54,8 +54,11 @@ def stream_blocks(
             statistics = walk.advance_float(runner, watch=not finished)
             if finished:
                 result, record = main(partial(journal.get, unit.key, walk.schemes)), done[unit.key]
+                runner = walk.quantizing(runner, result.static)
             else:
-                task = walk.task(place, runner, statistics)
+                static = walk.calibrated(runner, statistics)
+                runner = walk.quantizing(runner, static)
+                task = walk.task(place, runner, statistics, static)
                 on_step = partial(events.step_ends, place)
                 result = algorithm(task, tuning, on_step) if task.weights else BlockResult({})
                 record = events.block_decided(place, unit.key, unit.names, result, statistics.rows)

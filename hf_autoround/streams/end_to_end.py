@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hf_autoround.errors import CalibrationError
+from hf_autoround.layers.activations import InputQuantizer, quantized_inputs
 from hf_autoround.models.head import Head
 from hf_autoround.models.loading import load_keys
 from hf_autoround.models.walk import BlockRunner
@@ -30,7 +31,7 @@ from hf_autoround.streams.end_to_end_journal import EndToEndJournal
 from hf_autoround.streams.journal import Journal
 from hf_autoround.streams.shelf import Shelf
 from hf_autoround.streams.visits import Visits
-from hf_autoround.tuning import BlockResult, TunableWeight, teacher
+from hf_autoround.tuning import BlockResult, teacher
 from hf_autoround.tuning.end_to_end import EndToEndSettings, EndToEndTask, LearnedBlock, Progress, end_to_end, first_state
 
 Residence = Literal["auto", "resident", "streamed"]
@@ -98,6 +99,7 @@ class _Stage:
         self.shelf = Shelf(self.walk.device, folder if residence == "streamed" else None)
         self.samples = Shelf(torch.device("cpu"), folder)
         self.kept_blocks = 0  # not known before the first step
+        self.head_inputs: Mapping[str, tuple[bool, InputQuantizer]] = {}
 
     def run(self) -> Progress:
         """Do the whole stage and return where it ended."""
@@ -178,15 +180,16 @@ class _Stage:
             for name, parameter in block.named_parameters(prefix=block_name)
         }
         fixed = self.shelf.keep(f"{unit.key}-parameters", parameters)
-        weights = {
-            name: TunableWeight(fixed[name], transposed, walk.schemes[name]) for name, _, transposed in walk.weights(runner)
-        }
+        weights = walk.tunable({name: (fixed[name], transposed) for name, _, transposed in walk.weights(runner)}, result.static)
         norms = walk.norms(runner, weights) if self.tuning.tunes_norms else {}
         state = self.shelf.keep(f"{unit.key}-state", first_state(weights, norms, result))
         others = {name: tensor for name, tensor in fixed.items() if name not in weights}
         self.blocks.append(LearnedBlock(weights, others, tuple(norms), state, walk.stored, self.products))
-        if unit.key != "head":
-            self.runners.append(runner)
+        quantizing = walk.quantizing(runner, result.static)
+        if unit.key == "head":
+            self.head_inputs = quantizing.inputs
+        else:
+            self.runners.append(quantizing)
 
     def _task(self) -> EndToEndTask:
         walk, head = self.walk, self.head
@@ -198,7 +201,13 @@ class _Stage:
             return head.finished(hidden, walk.tokens[own]), self.teacher[own].to(walk.device)
 
         def logits(parameters: Mapping[str, Tensor]) -> teacher.Logits:
-            return lambda states: head.logits(states, {**self.head_weights, **parameters})
+            inputs = {name: (parameters[name], *how) for name, how in self.head_inputs.items() if name in parameters}
+
+            def compute(states: Tensor) -> Tensor:
+                with quantized_inputs(inputs):
+                    return head.logits(states, {**self.head_weights, **parameters})
+
+            return compute
 
         def measure(hidden: Tensor, indices: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
             mine, theirs = finished(hidden, indices)

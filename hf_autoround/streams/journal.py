@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,9 @@ class Journal:
         """Store a finished block with a record for the log."""
         tensors: dict[str, Tensor] = {}
         for name, layer in result.layers.items():
-            assert isinstance(layer.tensor.scale, Tensor)
-            tensors[f"{name}:elements"] = layer.tensor.elements
-            tensors[f"{name}:scale"] = layer.tensor.scale
-            if layer.tensor.zero_point is not None:
-                tensors[f"{name}:zero_point"] = layer.tensor.zero_point
+            tensors |= {f"{name}:{part}": tensor for part, tensor in layer.tensor.tensors().items()}
+            if layer.static is not None:
+                tensors[f"{name}:static"] = layer.static
         for name, tunables in result.tunables.items():
             for part, tensor in tunables.tensors().items():
                 tensors[f"{name}:tunables.{part}"] = tensor
@@ -77,15 +76,11 @@ class Journal:
         with safe_open(self._path(unit), framework="pt") as handle:
             metadata = handle.metadata()
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
-        layers = {
-            name: QuantizedLayer(
-                QuantizedTensor(tensors[f"{name}:elements"], tensors[f"{name}:scale"], tensors.get(f"{name}:zero_point")),
-                columns,
-                schemes[name],
-                error,
-            )
-            for name, (columns, error) in json.loads(metadata["layers"]).items()
-        }
+        layers = {}
+        for name, (columns, error) in json.loads(metadata["layers"]).items():
+            parts = {part.name: tensors.get(f"{name}:{part.name}") for part in fields(QuantizedTensor)}
+            static = tensors.get(f"{name}:static")
+            layers[name] = QuantizedLayer(QuantizedTensor(**parts), columns, schemes[name], error, static)
         tuned = {key.removesuffix(":tuned"): tensor for key, tensor in tensors.items() if key.endswith(":tuned")}
         found: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():

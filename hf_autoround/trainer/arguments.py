@@ -55,6 +55,14 @@ class RoundingArguments:
     bits: int | None = _help("Bits of a weight, 2 to 8; overrides the scheme's.", default=None)
     group_size: int | None = _help("Inputs that share a scale, -1 for whole rows; overrides the scheme's.", default=None)
     sym: bool | None = _help("Symmetric grid (True) or one with zero points (False); overrides the scheme's.", default=None)
+    data_type: str | None = _help("Numbers of a weight: int, fp, mx_fp, mx_int, nv_fp; overrides the scheme's.", default=None)
+    act_bits: int | None = _help("Bits of a layer's inputs at run time, 16 leaves them; overrides the scheme's.", default=None)
+    act_group_size: int | None = _help(
+        "Inputs of a token that share a scale, -1 for all of them, 0 for all tokens; default the weights'.", default=None
+    )
+    act_sym: bool | None = _help("Symmetric grid for inputs or not; default as the weights.", default=None)
+    act_data_type: str | None = _help("Numbers of inputs; default the weights'.", default=None)
+    act_dynamic: bool | None = _help("Ranges of inputs are found at run time, or (False) by calibration.", default=None)
     layer_config: dict[str, Any] | None = _help(
         "Schemes of single layers: {name, part of a name or regular expression: preset or dict}.", default=None
     )

@@ -23,9 +23,10 @@ from hf_autoround.models.blocks import ModelParts, model_parts
 from hf_autoround.models.loading import LazyModel, open_model
 from hf_autoround.models.placement import resolve_placement
 from hf_autoround.models.processes import Processes
+from hf_autoround.numerics import needs_calibration
 from hf_autoround.planning.model_plan import plan_model
 from hf_autoround.planning.plan import QuantPlan
-from hf_autoround.scheme import Scheme, resolve_scheme
+from hf_autoround.scheme import SCHEME_KEYS, Scheme, resolve_scheme
 from hf_autoround.streams.block_walk import StreamSettings
 from hf_autoround.streams.shards import SourceKey, source_keys
 from hf_autoround.streams.shares import share_of
@@ -112,11 +113,12 @@ def prepare(
     parts = model_parts(lazy.model)
     plan = plan_for(lazy.model, parts, scheme, args, formats, name=lazy.name)
     keys = source_keys(lazy, plan)
-    if processing_class is not None or args.needs_data:
+    needs_data = args.needs_data or any(needs_calibration(scheme) for scheme in plan.schemes.values())
+    if processing_class is not None or needs_data:
         source = lazy.checkpoint.folder or lazy.name
         processing_class = find_tokenizer(processing_class, source, trust_remote_code=args.trust_remote_code)
     data = None
-    if args.needs_data:
+    if needs_data:
         dataset = args.dataset if train_dataset is None else train_dataset
         data = calibration_data(lazy.model, args, dataset, processing_class)
         if data.sampled is not None:
@@ -144,7 +146,7 @@ def wanted_scheme(args: RoundingArguments) -> Scheme:
 
     Raises UnknownName, or UnsupportedScheme if it leaves nothing to quantize.
     """
-    scheme = resolve_scheme(args.scheme, bits=args.bits, group_size=args.group_size, sym=args.sym)
+    scheme = resolve_scheme(args.scheme, **{key: getattr(args, key) for key in SCHEME_KEYS})
     if scheme.weight is None and not args.layer_config:
         raise UnsupportedScheme(f"{scheme.name} leaves every layer as it is: there is nothing to quantize")
     return scheme

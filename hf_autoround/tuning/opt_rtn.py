@@ -30,8 +30,8 @@ _SWEEPS = 3
 def searched(weight: TunableWeight, squares: Tensor | None) -> Tunables:
     """Return the tunables with the scales found by search; `squares` ([E,] 1, I) are sums of squared inputs."""
     groups = weight.groups()
-    found = weight.data_type.search(groups, weight.spec, _importance(weight, squares))
-    return _nearest_if_unseen(weight, groups, squares, found)
+    found = weight.data_type.search(groups, weight.spec, _importance(weight, squares), weight.largest)
+    return _nearest_if_unseen(weight, squares, found)
 
 
 @torch.no_grad()
@@ -52,17 +52,17 @@ def _importance(weight: TunableWeight, squares: Tensor | None) -> Tensor | None:
     return group(relative.clamp(min=1e-3), weight.spec.granularity)
 
 
-def _nearest_if_unseen(weight: TunableWeight, groups: Tensor, squares: Tensor | None, found: Tunables) -> Tunables:
+def _nearest_if_unseen(weight: TunableWeight, squares: Tensor | None, found: Tunables) -> Tunables:
     """Return what was found, with neutral tunables for experts whose inputs are all zero."""
     if squares is None or (seen := squares.any(-1, keepdim=True)).all():
         return found
-    return found.where(~seen, weight.data_type.neutral(groups, weight.spec))
+    return found.where(~seen, weight.neutral())
 
 
 def _chosen(weight: TunableWeight, squares: Tensor | None, inputs: Sequence[Tensor]) -> Tunables:
     """Return the best mixture of the data type's candidates; `inputs` are (R, I), one for each expert or just one."""
     groups = weight.groups()
-    candidates = weight.data_type.candidates(groups, weight.spec, _importance(weight, squares))
+    candidates = weight.data_type.candidates(groups, weight.spec, _importance(weight, squares), weight.largest)
     errors = [dequantize(weight.data_type.quantize(groups, weight.spec, each)).sub_(groups) for each in candidates]
     choice = torch.zeros(groups.shape[:-1], dtype=torch.long, device=groups.device)
     for expert, rows in enumerate(inputs):
@@ -73,7 +73,7 @@ def _chosen(weight: TunableWeight, squares: Tensor | None, inputs: Sequence[Tens
     best = candidates[0]
     for number, candidate in enumerate(candidates[1:], 1):
         best = best.where(choice == number, candidate)
-    return _nearest_if_unseen(weight, groups, squares, best)
+    return _nearest_if_unseen(weight, squares, best)
 
 
 def choose_groups(errors: Tensor, inputs: Tensor) -> Tensor:

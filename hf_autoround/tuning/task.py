@@ -23,11 +23,17 @@ from hf_autoround.scheme import Scheme, TensorSpec
 
 @dataclass(frozen=True)
 class TunableWeight:
-    """One parameter to quantize: its float values (as stored), whether they lie (I, O), and its scheme."""
+    """One parameter to quantize: its float values (as stored), whether they lie (I, O), and its scheme.
+
+    `largest` ([E,] O, 1, 1) is the largest |w| of all that share a range with each row, None where nothing does (or where
+    the parameter is all that does); `static` ([E,] 1) what calibration gave for its inputs, if they need it.
+    """
 
     parameter: Tensor
     transposed: bool
     scheme: Scheme
+    largest: Tensor | None = None
+    static: Tensor | None = None
 
     @property
     def spec(self) -> TensorSpec:
@@ -44,6 +50,10 @@ class TunableWeight:
         """Return the float32 values in groups, ([E,] O, G, S)."""
         return group(oriented(self.parameter, self.transposed).float(), self.spec.granularity)
 
+    def neutral(self) -> Tunables:
+        """Return the tunables of round to nearest."""
+        return self.data_type.neutral(self.groups(), self.spec, self.largest)
+
     def fake_quantized(self, groups: Tensor, tunables: Tunables) -> Tensor:
         """Return the weight after quantization, float32 and stored like the parameter; differentiable."""
         values = dequantize(self.data_type.quantize(groups, self.spec, tunables))
@@ -58,7 +68,7 @@ class TunableWeight:
         frozen = self.data_type.freeze(quantized, self.spec)
         size = groups.norm().item()
         error = dequantize(frozen).sub_(groups).norm().item() / size if size else 0.0
-        return QuantizedLayer(frozen, columns, self.scheme, error)
+        return QuantizedLayer(frozen, columns, self.scheme, error, self.static)
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,11 @@ class BlockResult:
     loss_first: float | None = None
     loss_best: float | None = None
     best_step: int | None = None
+
+    @property
+    def static(self) -> dict[str, Tensor]:
+        """What calibration gave for the inputs of the layers, where their schemes ask for it."""
+        return {name: layer.static for name, layer in self.layers.items() if layer.static is not None}
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,10 @@ from hf_autoround.errors import UnsupportedScheme
 from hf_autoround.layers.packed_linear import PackedLinear
 from hf_autoround.layouts import PackQuantized
 
-GOLDEN = ["llama_w4_gptq", "llama_w3_gptq", "llama_w4_mixed_gptq", "llama_w4_awq", "llama_w4_ct"]
-ERRORS = {2: (0.35, 0.4), 3: (0.2, 0.22), 4: (0.1, 0.106), 8: (0.004, 0.007)}  # relative, of round to nearest
+GOLDEN = ["llama_w4_gptq", "llama_w3_gptq", "llama_w4_mixed_gptq", "llama_w4_awq", "llama_w4_ct", "llama_int8_ct"]
+GOLDEN += ["llama_mxfp4_ct", "llama_mxfp8_ct", "llama_nvfp4_ct", "llama_fp8static_ct", "llama_fp8block_ct", "llama_fp8block_fp8"]
+ERRORS = {"int": {2: (0.35, 0.4), 3: (0.2, 0.22), 4: (0.1, 0.106), 8: (0.004, 0.0075)}}  # relative, of round to nearest
+ERRORS |= {"mx_fp": {4: (0.11, 0.116), 8: (0.028, 0.031)}, "nv_fp": {4: (0.094, 0.097)}, "fp": {8: (0.025, 0.028)}}
 
 
 def load(folder, config=None):
@@ -58,7 +60,7 @@ def test_what_another_tool_wrote_loads(name, shared, tmp_path):
     assert len(layers) == (12 if "mixed" in name else 14)
     for path, layer in layers.items():
         weight = exact[f"{path}.weight"].float()
-        low, high = ERRORS[layer.spec.bits]
+        low, high = ERRORS[layer.spec.data_type][layer.spec.bits]
         assert low < (layer.dequantized() - weight).norm() / weight.norm() < high, path
     assert_saves_in_auto_round_form(model, tmp_path / "saved")
 
@@ -162,10 +164,9 @@ def test_compressed_tensors_of_mixed_bits_load(symmetric, tiny_model, tmp_path):
         ({"quant_method": "hqq"}, "quant_method 'hqq'"),
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "'marlin'"),
         ({"quant_method": "gptq", "bits": 5}, "5 bits"),
-        ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"format": "int-quantized"}}}, "'int-quantized'"),
-        ({"quant_method": "auto-round", "bits": 8, "data_type": "fp"}, "data_type 'fp'"),
+        ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"format": "marlin-24"}}}, "'marlin-24'"),
     ],
-    ids=["gemv", "hqq", "marlin", "5 bits", "int8", "float8"],
+    ids=["gemv", "hqq", "marlin", "5 bits", "marlin-24"],
 )
 def test_what_is_not_read_is_refused_with_a_sentence(changes, says, tiny_model, tmp_path):
     packed, _ = write(tiny_model("llama"), tmp_path / "out", "auto_gptq", scheme="W4A16G32")
@@ -178,9 +179,9 @@ def test_what_is_not_read_is_refused_with_a_sentence(changes, says, tiny_model, 
     "changes",
     [
         {"quant_method": "fp8", "weight_block_size": None},
-        {"quant_method": "compressed-tensors", "format": "float-quantized"},
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"},
     ],
-    ids=lambda changes: changes["quant_method"],
+    ids=["per tensor", "static"],
 )
 def test_a_float8_checkpoint_is_said_to_be_a_source(changes, tiny_model, tmp_path):
     packed, _ = write(tiny_model("llama"), tmp_path / "out", "auto_gptq", scheme="W4A16G32")

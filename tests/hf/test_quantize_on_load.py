@@ -22,6 +22,12 @@ SCHEMES = [
     {"scheme": "W5A16G32", "sym": False},
     {"scheme": "W4A16G32", "layer_config": {"k_proj": {"bits": 8}, r"layers\.1\.mlp": "W2A16G32"}, "ignore_layers": ["o_proj"]},
     {"scheme": "W4A16G32", "quant_lm_head": True},
+    {"scheme": "INT8"},
+    {"scheme": "MXFP4"},
+    {"scheme": "MXFP8", "layer_config": {"k_proj": "W4A16G32", "o_proj": "FPW8A16"}},
+    {"scheme": "FP8_BLOCK"},
+    {"scheme": "FP8_STATIC", "dataset": tokens(), "disable_opt_rtn": True},
+    {"scheme": "NVFP4", "dataset": tokens(), "disable_opt_rtn": True},
 ]
 
 
@@ -55,7 +61,7 @@ def test_every_architecture_equals_the_offline_run(name, tiny_model, tmp_path):
     assert torch.equal(load(tmp_path / "ours")(rows).logits, model(rows).logits)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: "-".join(map(str, scheme.values())))
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: "-".join(str(scheme[key]) for key in scheme if key != "dataset"))
 def test_every_scheme_equals_the_offline_run(scheme, tiny_model, tmp_path):
     folder = tiny_model("llama", torch.bfloat16)
     model = load(folder, quantization_config=AutoRoundConfig(**scheme))

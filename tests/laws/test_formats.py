@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from inputs import logits_on_quantized_inputs
 from safetensors.torch import load_file
 from tiny import CONFIGS, tokens
 from transformers import AutoModelForCausalLM
@@ -14,6 +15,7 @@ from hf_autoround.errors import UnsupportedScheme
 from hf_autoround.formats import FORMATS
 from hf_autoround.formats.auto_round import read_auto_round_config
 from hf_autoround.layers.sites import WeightSite
+from hf_autoround.numerics import refuse_scheme
 from hf_autoround.scheme import PRESETS, integer_scheme, resolve_scheme
 
 SITE = WeightSite("layer", "layer.weight", (4096, 4096))
@@ -23,7 +25,7 @@ CELLS = [
     for scheme in PRESETS
     if scheme.weight is not None
     for sym in (True, False)
-    if target.refuse(SITE, resolve_scheme(scheme, sym=sym)) is None
+    if target.refuse(SITE, asked := resolve_scheme(scheme, sym=sym)) is None and refuse_scheme(asked) is None
 ]
 
 
@@ -47,16 +49,17 @@ def load(folder, **arguments):
 @pytest.mark.parametrize(("target", "scheme", "sym"), CELLS, ids=cell)
 def test_written_and_read_back_it_computes_what_was_quantized(target, scheme, sym, tiny_model, tmp_path):
     model = tiny_model("llama_wide")
-    AutoRound(str(model), scheme=scheme.name, sym=sym, recipe="rtn", disable_tqdm=True).quantize_and_save(
+    AutoRound(str(model), scheme=scheme.name, sym=sym, recipe="rtn", dataset=tokens(), disable_tqdm=True).quantize_and_save(
         tmp_path / "out", f"{target.name},fake" if target.name != "fake" else "fake"
     )
     folders = [tmp_path / "out" / target.name, tmp_path / "out" / "fake"] if target.name != "fake" else [tmp_path / "out"] * 2
     rows = tokens()[:2]
-    packed, fake = (load(folder)(rows).logits for folder in folders)
-    assert torch.equal(packed, fake)
+    packed, fake = (load(folder) for folder in folders)
+    logits = packed(rows).logits
+    assert torch.equal(logits, logits_on_quantized_inputs(fake, packed, rows))
     exact = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(rows).logits
-    error = ((packed - exact).norm() / exact.norm()).item()
-    assert 0 < error < {2: 1.5, 3: 0.8, 4: 0.4}.get(scheme.weight.bits, 0.2)
+    error = ((logits - exact).norm() / exact.norm()).item()
+    assert 0 < error < {2: 1.5, 3: 0.8, 4: 0.6}.get(scheme.weight.bits, 0.2)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -99,10 +99,11 @@ def test_schemes(scheme, overrides, expected):
     [
         ("W4A61", "no scheme is called 'W4A61'; did you mean W4A16"),
         ({"bit": 4}, "no field 'bit'; did you mean bits"),
-        ({"bits": 9}, "bits=9 is not supported: integers have 2 to 8 bits"),
-        ({"group_size": 0}, "group_size=0"),
+        ({"bits": 9}, "bits=9 is not supported: numbers have 2 to 8 bits"),
+        ({"group_size": -2}, "group_size=-2"),
+        ({"act_bits": 1}, "act_bits=1 is not supported"),
+        ({"act_bits": 8, "act_dynamic": 1}, "act_dynamic=1"),
         ({"sym": "yes"}, "sym='yes'"),
-        ({"data_type": "mx_fp4"}, "data_type 'mx_fp4' is not supported"),
     ],
 )
 def test_schemes_that_cannot_be(scheme, message):
