@@ -5,10 +5,11 @@
 
 Each run is a process of its own with --threads threads; its time is that of quantizing and writing, without the imports.
 Both tools get the same rows of tokens. The judge loads every checkpoint in float32 through this package: perplexity on
---test, and KL divergence to the float model on 32 rows of the calibration text that come after those tuned on.
+--test, and KL divergence to the float model on rows 128 to 159 of the calibration text, which nobody tunes on.
 """
 
 import argparse
+import ast
 import json
 import math
 import statistics
@@ -17,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+HELD_OUT = slice(128, 160)  # rows of the calibration text
 LATE = 32  # positions from here on are judged apart: some models are over-confident after BOS
 RUN = """
 import json, os, resource, sys, time
@@ -38,10 +40,9 @@ OURS = """
 from hf_autoround import AutoRound
 recipes = {"opt_rtn": "opt-rtn", "e2e": "e2e", "e2e_light": "e2e-light", "e2e_best": "e2e-best"}
 def quantize(job, tokens):
-    extra = {"iters": job["iters"]} if job.get("iters") else {}
     recipe = recipes.get(job["recipe"], job["recipe"])
     AutoRound(job["model"], scheme=job["scheme"], recipe=recipe, dataset=tokens, seqlen=tokens.shape[1],
-              nsamples=len(tokens), seed=job["seed"], disable_tqdm=True, **extra).quantize_and_save(job["out"])
+              nsamples=len(tokens), seed=job["seed"], disable_tqdm=True, **job["extra"]).quantize_and_save(job["out"])
 """
 PEER = """
 from transformers import AutoTokenizer
@@ -124,7 +125,7 @@ def main() -> None:
     flags.add_argument("--windows", type=int, default=0, help="score the first N test rows only")
     flags.add_argument("--bos", action="store_true", help="BOS before each test row")
     flags.add_argument("--threads", type=int, default=1)
-    flags.add_argument("--iters", type=int, help="steps of our tuned runs, to compare at equal accuracy")
+    flags.add_argument("--ours", nargs="+", default=[], metavar="NAME=VALUE", help="arguments of AutoRound, for us alone")
     flags.add_argument("--peer", help="python of a virtual environment with auto-round 0.16.1")
     args = flags.parse_args()
 
@@ -137,7 +138,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     calibration = rows(tokenizer, args.calibration, args.seqlen, False)
     test = rows(tokenizer, args.test, args.seqlen, args.bos)
-    judge = Judge(args.model, test[: args.windows or None], calibration[args.nsamples : args.nsamples + 32])
+    judge = Judge(args.model, test[: args.windows or None], calibration[HELD_OUT])
+    calibration = torch.cat([calibration[: HELD_OUT.start], calibration[HELD_OUT.stop :]])
+    extra = {name: ast.literal_eval(value) for name, _, value in (each.partition("=") for each in args.ours)}
     print(f"float: perplexity {judge.scores(Path(args.model))[0]:.3f}   {args.threads} thread(s), seeds {args.seeds}", flush=True)
     print(
         f"{'scheme':<10} {'recipe':<9} {'tool':<13} {'perplexity':>26} {'KL':>8} {'late ppl':>9} {'late KL':>8} "
@@ -154,7 +157,7 @@ def main() -> None:
                     for name, python, tool in tools:
                         out = Path(work) / f"{name}-{scheme}-{recipe}-{seed}"
                         job = {"model": args.model, "scheme": scheme, "recipe": recipe, "seed": seed, "threads": args.threads,
-                               "tokens": f"{work}/tokens.pt", "out": str(out), "iters": args.iters}  # fmt: skip
+                               "tokens": f"{work}/tokens.pt", "out": str(out), "extra": extra}  # fmt: skip
                         usage = run(python, tool, job)
                         folder = next(path.parent for path in sorted(out.rglob("config.json")))
                         results[name].append((*judge.scores(folder), *usage))
