@@ -124,7 +124,7 @@ def test_what_cannot_be_meant_is_said_before_any_work(dataset, message, tiny_mod
 
 
 def test_a_model_too_large_to_sample_from_is_refused_before_any_work(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_autoround.calibration.sampling.get_max_memory", lambda: {"cpu": 1000})
+    monkeypatch.setattr("hf_autoround.calibration.sampling.get_max_memory", lambda: {"cpu": 1000, 0: 1000})
     with pytest.raises(CalibrationError, match=r"no text can be sampled from .*llama.* use self_samples=0"):
         RoundingTrainer(str(tiny_model("llama")), arguments(tmp_path / "out", dataset="self")).train()
     assert not (tmp_path / "out").exists()
