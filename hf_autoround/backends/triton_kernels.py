@@ -82,6 +82,29 @@ def _zeros_and_scales(
 
 
 @triton.jit
+def _dequantized_tile(
+    qweight, qzeros, scales, block, column, inner, columns, zero_words,
+    bits: tl.constexpr, group: tl.constexpr, zero_offset: tl.constexpr, block_k: tl.constexpr,
+):  # fmt: skip
+    """Return rows `block * block_k ...` of the weight at some columns: (block_k, columns) float32. Lies within a group."""
+    inside = column < columns
+    if 32 % bits == 0:
+        per_word: tl.constexpr = 32 // bits
+        row = block * (block_k // per_word) + tl.arange(0, block_k // per_word)
+        mask = (row[:, None] * per_word < inner) & inside[None, :]
+        words = tl.load(qweight + row[:, None] * columns + column[None, :], mask, 0)
+        codes = (words[:, None, :] >> (tl.arange(0, per_word) * bits)[None, :, None]) & (2**bits - 1)
+        codes = tl.reshape(codes, (block_k, column.shape[0])).to(tl.uint32, bitcast=True)
+    else:
+        row = block * block_k + tl.arange(0, block_k)
+        mask = (row[:, None] < inner) & inside[None, :]
+        codes = _read_codes(qweight + column[None, :], row[:, None], columns, mask, bits)
+    index, exponent = block * block_k // group, _exponent(columns, bits)
+    zero, scale = _zeros_and_scales(qzeros, scales, index, column, columns, zero_words, inside, exponent, zero_offset, bits)
+    return (_numbers(codes, exponent, 0, bits) - zero[None, :]) * scale[None, :]
+
+
+@triton.jit
 def _vector_kernel(
     inputs, qweight, qzeros, scales, outputs, inner, columns, zero_words,
     bits: tl.constexpr, group: tl.constexpr, zero_offset: tl.constexpr, block_n: tl.constexpr, chunks: tl.constexpr,
@@ -111,72 +134,25 @@ def _vector_kernel(
 
 
 @triton.jit
-def _numbers_at(words, exponent, place: tl.constexpr, stride, mask, bits: tl.constexpr):
-    """Return the codes at a place of runs of words as numbers plus 2^bits. The compiler loads a word once for all its codes."""
-    shift: tl.constexpr = place * bits % 32
-    word = tl.load(words + place * bits // 32 * stride, mask, 0).to(tl.uint32, bitcast=True)
-    if shift + bits <= 32:
-        numbers = _numbers(word, exponent, shift, bits)
-    else:
-        high = tl.load(words + (place * bits // 32 + 1) * stride, mask, 0).to(tl.uint32, bitcast=True)
-        numbers = _numbers(word >> shift | high << (32 - shift), exponent, 0, bits)
-    return numbers
-
-
-@triton.jit
-def _weights(
-    words, exponent, zero, scale, stride, mask, dtype: tl.constexpr, bits: tl.constexpr,
-    places: tl.constexpr, first: tl.constexpr, step: tl.constexpr,
-):  # fmt: skip
-    """Return the weights at every `step`-th of the places of runs of words, (runs, columns, 2, 2, ...).
-
-    Pairs of pairs, for what is joined stays with its thread.
-    """
-    if step == places:
-        weights = ((_numbers_at(words, exponent, first, stride, mask, bits) - zero) * scale).to(dtype)
-    else:
-        even = _weights(words, exponent, zero, scale, stride, mask, dtype, bits, places, first, 2 * step)
-        odd = _weights(words, exponent, zero, scale, stride, mask, dtype, bits, places, first + step, 2 * step)
-        weights = tl.join(even, odd)
-    return weights
-
-
-@triton.jit
 def _tiled_kernel(
-    inputs, qweight, qzeros, scales, outputs, inner, columns, zero_words, rows, tiles_per_split,
+    inputs, qweight, qzeros, scales, outputs, inner, columns, zero_words, rows, blocks_per_split,
     bits: tl.constexpr, group: tl.constexpr, zero_offset: tl.constexpr,
     block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
 ):  # fmt: skip
-    """`block_m` rows times `block_n` columns, the weight rounded to the inputs' dtype as a dense layer's would be.
-
-    A run is as many codes as fill whole words: those of one word, or 32.
-    """
-    places: tl.constexpr = 32 // bits if 32 % bits == 0 else 32
-    runs: tl.constexpr = block_k // places
-    column = tl.program_id(0) * block_n + tl.arange(0, block_n)[None, :]
-    row = tl.program_id(1) * block_m + tl.arange(0, block_m)[:, None]
+    """`block_m` rows times `block_n` columns, the weight rounded to the inputs' dtype as a dense layer's would be."""
+    column = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    row = tl.program_id(1) * block_m + tl.arange(0, block_m)
     split = tl.program_id(2)
-    inside, exponent = column < columns, _exponent(columns, bits)
     sums = tl.zeros((block_m, block_n), tl.float32)
-    for tile in range(split * tiles_per_split, (split + 1) * tiles_per_split):
-        k = tile * block_k + tl.arange(0, block_k)[None, :]
-        values = tl.load(inputs + row * inner + k, (row < rows) & (k < inner), 0)
-        run = tile * runs + tl.arange(0, runs)[:, None]
-        mask = (run * places < inner) & inside
-        words = qweight + run * (places * bits // 32 * columns) + column
-        if group % block_k == 0:
-            index = tile * block_k // group
-            zero, scale = _zeros_and_scales(
-                qzeros, scales, index, column, columns, zero_words, inside, exponent, zero_offset, bits
-            )
-        else:
-            index = run * places // group
-            zero, scale = _zeros_and_scales(qzeros, scales, index, column, columns, zero_words, mask, exponent, zero_offset, bits)
-        parts = _weights(words, exponent, zero, scale, columns, mask, values.dtype, bits, places, 0, 1)
-        weight = tl.permute(tl.reshape(parts, (runs, block_n, places)), (0, 2, 1))
-        sums = tl.dot(values, tl.reshape(weight, (block_k, block_n)), sums, input_precision="ieee")
-    place_out = outputs + (split * rows + row) * columns + column
-    tl.store(place_out, sums.to(outputs.dtype.element_ty), (row < rows) & inside)
+    for block in range(split * blocks_per_split, (split + 1) * blocks_per_split):
+        k = block * block_k + tl.arange(0, block_k)
+        values = tl.load(inputs + row[:, None] * inner + k[None, :], (row[:, None] < rows) & (k[None, :] < inner), 0)
+        weight = _dequantized_tile(
+            qweight, qzeros, scales, block, column, inner, columns, zero_words, bits, group, zero_offset, block_k
+        )
+        sums = tl.dot(values, weight.to(values.dtype), sums, input_precision="ieee")
+    place_out = outputs + (split * rows + row[:, None]) * columns + column[None, :]
+    tl.store(place_out, sums.to(outputs.dtype.element_ty), (row[:, None] < rows) & (column[None, :] < columns))
 
 
 @triton.jit
@@ -209,23 +185,28 @@ class Launch(NamedTuple):
 
 
 @cache
-def product_launch(rows: int, inner: int, columns: int) -> Launch:
+def product_launch(rows: int, inner: int, columns: int, bits: int, group: int) -> Launch:
     """Return the launch of a product with few rows."""
     if rows <= VECTOR_ROWS:
         sizes = dict(block_n=32, chunks=64, num_warps=16)
         return Launch(_vector_kernel, (_parts(columns, 32), rows, 1), sizes)
-    height, width, step = max(16, 1 << (rows - 1).bit_length()), 64, 128
-    wide, steps = _parts(columns, width), _parts(inner, step)
-    per_split = _parts(steps, max(1, min(PROGRAMS // wide, steps)))
+    height, step = max(16, 1 << (rows - 1).bit_length()), _within_group(group)
+    # codes that straddle words are loaded twice each: four stages would not fit the shared memory of consumer GPUs
+    sizes = dict(block_m=height, block_n=64, block_k=step, num_stages=4 if 32 % bits == 0 else 2)
+    wide, tall, steps = _parts(columns, 64), _parts(rows, height), _parts(inner, step)
+    per_split = _parts(steps, max(1, min(PROGRAMS // (wide * tall), steps)))
     splits = _parts(steps, per_split)
-    sizes = dict(rows=rows, tiles_per_split=per_split, block_m=height, block_n=width, block_k=step, num_stages=3)
-    return Launch(_tiled_kernel, (wide, 1, splits), sizes, splits)
+    return Launch(_tiled_kernel, (wide, tall, splits), sizes | dict(rows=rows, blocks_per_split=per_split), splits)
 
 
 @cache
 def dense_launch(inner: int, columns: int) -> Launch:
     """Return the launch that writes the dense weight."""
     return Launch(_dense_kernel, (_parts(columns, 256), _parts(inner, 128), 1), dict(block_n=256, chunks=4))
+
+
+def _within_group(group: int) -> int:
+    return 64 if group % 64 == 0 else 32
 
 
 def _parts(whole: int, part: int) -> int:
@@ -242,7 +223,7 @@ def gptq_matmul(
         return inputs @ gptq_dense(qweight, qzeros, scales, inner, bits, group, zero_offset, inputs.dtype)
     if rows == 0:
         return inputs.new_empty(0, columns)
-    kernel, grid, sizes, splits = product_launch(rows, inner, columns)
+    kernel, grid, sizes, splits = product_launch(rows, inner, columns, bits, group)
     # sums of the splits are added afterwards, not atomically: the same inputs give the same bits
     outputs = inputs.new_empty(rows, columns) if splits == 1 else inputs.new_empty(splits, rows, columns, dtype=torch.float32)
     with torch.cuda.device_of(inputs):  # a launch goes to the current GPU, which need not be the layer's

@@ -40,7 +40,7 @@ def test_kernels_compile_for_a_gpu_and_fit_it(capability):
     shared_memory = 99 * 1024  # of one program, where it is smallest: compute capability 8.6, 8.9 and 12.0
     types = {"inputs": "*bf16", "weight": "*bf16", "outputs": "*fp32", "scales": "*fp16", "qweight": "*i32", "qzeros": "*i32"}
     for bits in (3, 4):
-        products = [kernels.product_launch(rows, 256, 256) for rows in (1, 64)]
+        products = [kernels.product_launch(rows, 256, 256, bits, 128) for rows in (1, 64)]
         for kernel, _, sizes, _ in (*products, kernels.dense_launch(256, 256)):
             names = kernel.arg_names
             given = sizes | dict(bits=bits, group=128, zero_offset=1)
