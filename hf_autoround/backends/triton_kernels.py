@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-VECTOR_ROWS = 4  # up to here, reading the weight again for each row (from the cache) costs less than padding rows to a tile
+VECTOR_ROWS = 2  # up to here, reading the weight again for each row costs less than padding rows to a tile
 TILED_ROWS = 64  # up to here, writing a dense weight costs more than the product
-PROGRAMS = 256  # enough for every multiprocessor of a large GPU: few tiles share K among programs until there are as many
+PROGRAMS = 512  # four for every multiprocessor of a large GPU: few tiles share K among programs until there are as many
 
 
 @triton.jit
