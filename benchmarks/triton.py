@@ -7,6 +7,10 @@ Products run in CUDA graphs, so that launches cost nothing, over copies of the w
 Each result is compared with the product by the dequantized weight.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,15 +46,20 @@ def distance(inputs: Tensor, output: Tensor, tensors: tuple[Tensor, Tensor, Tens
     return ((output - expected).norm() / expected.norm()).item()
 
 
-def microseconds(call, copies: int) -> float:  # noqa: ANN001
-    """Return the time of `call(number of the copy)`, best of five."""
+def product(inputs: Tensor, bits: int, tensors: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Return x W^T by our kernels."""
+    return gptq_matmul(inputs, *tensors, bits, GROUP, 1)
+
+
+def microseconds(call: Callable[[Any], Tensor], weights: Sequence[Any]) -> float:
+    """Return the time of a call with a weight, best of five."""
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.stream(side):
-        call(0)
+        call(weights[0])
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, stream=side):
-            for number in range(copies):
-                call(number)
+            for weight in weights:
+                call(weight)
     times = []
     for _ in range(5):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -58,7 +67,7 @@ def microseconds(call, copies: int) -> float:  # noqa: ANN001
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1000 / copies)
+        times.append(begin.elapsed_time(end) * 1000 / len(weights))
     return min(times)
 
 
@@ -69,15 +78,14 @@ def main() -> None:
         copies = max(24, 300_000_000 // (shape[0] * shape[1]))
         inputs = {rows: torch.randn(rows, shape[0], device="cuda", dtype=torch.bfloat16) for rows in ROWS}
         weights = [torch.randn(shape[::-1], device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
-        times = [microseconds(lambda n, x=x: torch.nn.functional.linear(x, weights[n]), copies) for x in inputs.values()]
+        times = [microseconds(partial(torch.nn.functional.linear, x), weights) for x in inputs.values()]
         print(f"{'x'.join(map(str, shape)):>16} bfloat16", *(f"{time:>7.1f}" for time in times), flush=True)
-        del weights
         for bits in (4, 8, 2, 3):
             layers = [packed(shape, bits) for _ in range(copies)]
             for x in inputs.values():
-                off = distance(x, gptq_matmul(x, *layers[0], bits, GROUP, 1), layers[0], bits)
+                off = distance(x, product(x, bits, layers[0]), layers[0], bits)
                 assert off < 0.01, f"{bits} bits, {len(x)} rows: {off}"
-            times = [microseconds(lambda n, x=x: gptq_matmul(x, *layers[n], bits, GROUP, 1), copies) for x in inputs.values()]  # noqa: B023
+            times = [microseconds(partial(product, x, bits), layers) for x in inputs.values()]
             print(f"{'x'.join(map(str, shape)):>16} {bits} bits  ", *(f"{time:>7.1f}" for time in times), flush=True)
 
 
