@@ -10,8 +10,8 @@ Shapes: N samples (of this process' share), T tokens, H hidden size, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +25,7 @@ from hf_autoround.errors import CalibrationError
 from hf_autoround.layers.activations import InputQuantizer, quantized_inputs
 from hf_autoround.models.head import Head
 from hf_autoround.models.loading import load_keys
+from hf_autoround.models.memory import release_memory
 from hf_autoround.models.walk import BlockRunner
 from hf_autoround.streams.block_walk import BlockWalk, PlannedModel, StreamSettings, Unit, units
 from hf_autoround.streams.end_to_end_journal import EndToEndJournal
@@ -226,8 +227,17 @@ class _Stage:
         def run(place: int, hidden: Tensor, indices: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
             return self.runners[place](hidden, where[indices], parameters)
 
-        def stay(place: int, changes: bool) -> AbstractContextManager[LearnedBlock]:
-            return nullcontext(self.blocks[place])
+        @contextmanager
+        def stay(place: int, changes: bool) -> Iterator[LearnedBlock]:
+            yield self.blocks[place]
+            if self.residence == "streamed":
+                release_memory()
+
+        def keep(place: int, hidden: list[Tensor]) -> Callable[[], list[Tensor]]:
+            if self.residence == "resident":
+                return lambda: hidden
+            kept = self.samples.keep(f"entering-{place:05d}", {str(number): state for number, state in enumerate(hidden)})
+            return lambda: [state.to(walk.device) for state in kept.values()]
 
         open_block = Visits(self.blocks, walk.device).open if self.travels else stay
         return EndToEndTask(
@@ -245,6 +255,7 @@ class _Stage:
             total=self.settings.processes.total,
             kept_blocks=lambda: self.kept_blocks,
             one_kept=self._keep_what_fits,
+            keep=keep,
         )
 
     def _keep_what_fits(self, one: int) -> None:

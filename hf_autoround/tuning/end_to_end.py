@@ -163,7 +163,8 @@ class EndToEndTask:
     gradient. `tokens` is T. Samples may be shared out as in BlockTask.
 
     The forward of the last `kept_blocks()` blocks is kept for their backward, that of the others is computed twice;
-    `one_kept(bytes)` tells how much memory one takes.
+    `one_kept(bytes)` tells how much memory one takes. `keep(place, hidden)` is told what enters the others, and returns what
+    gives it back for the backward: it may wait elsewhere.
     """
 
     seed: int
@@ -180,6 +181,7 @@ class EndToEndTask:
     total: Callable[[Tensor], Tensor] = lambda tensor: tensor
     kept_blocks: Callable[[], int] = lambda: 1
     one_kept: Callable[[int], None] = lambda size: None
+    keep: Callable[[int, list[Tensor]], Callable[[], list[Tensor]]] = lambda place, hidden: lambda: hidden
 
 
 @dataclass(frozen=True)
@@ -234,14 +236,12 @@ def _step(task: EndToEndTask, settings: EndToEndSettings, micro_batches: list[Te
     own = [indices for indices in map(task.share, micro_batches) if len(indices)]
     scale = 1 / (sum(map(len, micro_batches)) * task.tokens)
     hidden = [task.inputs(indices) for indices in own]
-    entering: list[list[Tensor]] = []
+    entering: list[Callable[[], list[Tensor]]] = []
     recorded: list[_Recorded] = []
     for place in range(task.blocks):
         if task.blocks - place > max(1, task.kept_blocks()):
-            entering.append(hidden)
-            with task.open(place, False) as block, torch.no_grad():
-                parameters = block.replacements()
-                hidden = [task.run(place, state, indices, parameters) for state, indices in zip(hidden, own, strict=True)]
+            entering.append(task.keep(place, hidden))
+            hidden = _outputs(task, place, hidden, own)
         else:
             with task.open(place, False) as block:
                 recorded.append(_record(task, place, block, hidden, own))
@@ -250,12 +250,19 @@ def _step(task: EndToEndTask, settings: EndToEndSettings, micro_batches: list[Te
     loss, gradients = _head(task, settings, hidden, own, scale, step)
     for place in reversed(range(task.blocks)):
         with task.open(place, True) as block:
-            record = recorded.pop() if recorded else _record(task, place, block, entering.pop(), own)
-            for output, gradient in zip(record.outputs, gradients, strict=True):
-                output.backward(gradient)
-            gradients = [state.grad for state in record.inputs if state.grad is not None]
+            record = recorded.pop() if recorded else _record(task, place, block, entering.pop()(), own)
+            gradients = record.backward(gradients)
             _move(task, settings, block, record.parameters, step)
+            del record  # before the next block is there
     return (task.total(loss) * scale).item()
+
+
+@torch.no_grad()
+def _outputs(task: EndToEndTask, place: int, hidden: list[Tensor], own: list[Tensor]) -> list[Tensor]:
+    """Return what a block makes of its inputs, micro-batch by micro-batch."""
+    with task.open(place, False) as block:
+        parameters = block.replacements()
+        return [task.run(place, state, indices, parameters) for state, indices in zip(hidden, own, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -266,6 +273,12 @@ class _Recorded:
     inputs: list[Tensor]
     outputs: list[Tensor]
     saved_bytes: int
+
+    def backward(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Give the parameters their gradients from those of the outputs; return those of the inputs, if they take any."""
+        for output, gradient in zip(self.outputs, gradients, strict=True):
+            output.backward(gradient)
+        return [state.grad for state in self.inputs if state.grad is not None]
 
 
 def _record(task: EndToEndTask, place: int, block: LearnedBlock, hidden: list[Tensor], own: list[Tensor]) -> _Recorded:
@@ -325,9 +338,7 @@ def _held_out(task: EndToEndTask, settings: EndToEndSettings, samples: Tensor) -
     own = [indices for indices in task.share(samples).split(settings.batch_size) if len(indices)]
     hidden = [task.inputs(indices) for indices in own]
     for place in range(task.blocks):
-        with task.open(place, False) as block:
-            parameters = block.replacements()
-            hidden = [task.run(place, state, indices, parameters) for state, indices in zip(hidden, own, strict=True)]
+        hidden = _outputs(task, place, hidden, own)
     total = torch.zeros((), dtype=torch.float64)
     parameters = {}
     if task.learns_head:

@@ -78,26 +78,31 @@ class _State:
             self.optimizers.append(torch.optim.Adam(groups))
         self.initial = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
 
+    @torch.no_grad()
     def replacements(self) -> dict[str, Tensor]:
-        """Return the weights that the block runs on at this point, in its own dtype and differentiable."""
-        weights = {
-            name: weight.fake_quantized(self.groups[name], self.tunables[name]).to(weight.parameter.dtype)
-            for name, weight in self.task.weights.items()
-        }
-        return weights | {name: self._as_shipped(norm).to(self.task.norms[name].dtype) for name, norm in self.norms.items()}
+        """Return the weights and norms that the block runs on at this point, in its own dtype."""
+        return {name: self._replacement(name) for name in (*self.task.weights, *self.norms)}
+
+    def _replacement(self, name: str) -> Tensor:
+        """Return one of them, differentiable."""
+        if name in self.norms:
+            return self._as_shipped(self.norms[name]).to(self.task.norms[name].dtype)
+        weight = self.task.weights[name]
+        return weight.fake_quantized(self.groups[name], self.tunables[name]).to(weight.parameter.dtype)
 
     def step(self, micro_batches: list[Tensor], rate: float) -> float:
         """Do one step on these samples at `rate` (1 to 0) of the learning rates; return the loss before it."""
-        weights = self.replacements()
-        # Leaves between weights and block: the block's backward runs once per micro-batch, the quantizer's once per step.
-        leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+        # Leaves between weights and block: the block's backward runs once per micro-batch, the quantizer's once per step,
+        # computed again weight by weight, so that what it needs of all weights never exists beside the block's activations.
+        leaves = {name: weight.detach().requires_grad_() for name, weight in self.replacements().items()}
         total, count = 0.0, sum(len(indices) for indices in micro_batches)
         for indices in filter(len, map(self.task.share, micro_batches)):
             loss = _loss(self.task, leaves, indices)
             (loss * (len(indices) / count)).backward()
             total += loss.item() * len(indices) / count
-        gradients = [self.task.total(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad) for leaf in leaves.values()]
-        torch.autograd.backward(list(weights.values()), gradients)
+        while leaves:
+            name, leaf = leaves.popitem()
+            self._replacement(name).backward(self.task.total(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad))
         for optimizer, initial in zip(self.optimizers, self.initial, strict=True):
             for group, lr in zip(optimizer.param_groups, initial, strict=True):
                 group["lr"] = lr * rate
