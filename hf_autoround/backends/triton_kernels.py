@@ -2,9 +2,9 @@
 # ruff: noqa: ANN001, ANN202 - Triton reads the annotations of a kernel's arguments itself: only `tl.constexpr` means something
 """Triton kernels for the GPTQ layouts, and the PyTorch operators around them.
 
-Three kernels, by the number of rows: a vector kernel for decoding, bound by the bytes of the weight; a tiled one that
-dequantizes inside the product; and above that a dense copy of the weight, which the vendor's own product multiplies with
-faster than any kernel here could. The dense copy is also what the gradient needs.
+Three kernels, by the number of rows: a vector kernel for decoding; a tiled one that dequantizes inside the product; and above
+that a dense copy of the weight, which the vendor's own product multiplies with faster than any kernel here could. The dense
+copy is also what the gradient needs. Limits and sizes are what was fastest on an H100 (benchmarks/README.md).
 
 This module imports Triton when it is imported (kernels find `tl` among its globals), so it is imported where it is used.
 
@@ -22,6 +22,8 @@ from torch import Tensor
 
 VECTOR_ROWS = 2  # up to here, reading the weight again for each row costs less than padding rows to a tile
 TILED_ROWS = 64  # up to here, writing a dense weight costs more than the product
+STRADDLING_ROWS = 32  # the same where codes straddle words
+WIDE = 8192  # outputs from which the vector kernel need not be cut small to have enough programs
 PROGRAMS = 512  # four for every multiprocessor of a large GPU: few tiles share K among programs until there are as many
 
 
@@ -188,8 +190,9 @@ class Launch(NamedTuple):
 def product_launch(rows: int, inner: int, columns: int, bits: int, group: int) -> Launch:
     """Return the launch of a product with few rows."""
     if rows <= VECTOR_ROWS:
-        sizes = dict(block_n=32, chunks=64, num_warps=16)
-        return Launch(_vector_kernel, (_parts(columns, 32), rows, 1), sizes)
+        width, chunks, warps = (32, 32, 8) if columns >= WIDE else (16, 128, 16)
+        sizes = dict(block_n=width, chunks=chunks, num_warps=warps)
+        return Launch(_vector_kernel, (_parts(columns, width), rows, 1), sizes)
     height, step = max(16, 1 << (rows - 1).bit_length()), _within_group(group)
     # codes that straddle words are loaded twice each: four stages would not fit the shared memory of consumer GPUs
     sizes = dict(block_m=height, block_n=64, block_k=step, num_stages=4 if 32 % bits == 0 else 2)
@@ -218,8 +221,10 @@ def gptq_matmul(
 ) -> Tensor:
     """(M, K) by packed (K, N) -> (M, N), summed in float32, in the dtype of the inputs."""
     (rows, inner), columns = inputs.shape, qweight.shape[1]
-    tiled = rows <= TILED_ROWS and inputs.dtype != torch.float32  # float32 has no tensor cores: its tiles spill registers
-    if rows > VECTOR_ROWS and not tiled:
+    most = TILED_ROWS if 32 % bits == 0 else STRADDLING_ROWS
+    if inputs.dtype == torch.float32:  # it has no tensor cores: its tiles spill registers
+        most = VECTOR_ROWS
+    if rows > most:
         return inputs @ gptq_dense(qweight, qzeros, scales, inner, bits, group, zero_offset, inputs.dtype)
     if rows == 0:
         return inputs.new_empty(0, columns)
@@ -249,8 +254,8 @@ def gptq_dense(
     return weight
 
 
-# The same as operators, which torch.compile takes as they are. Calling an operator costs as much as a launch: eager code calls
-# the functions.
+# The same as operators, which torch.compile takes as they are. Eager code calls the functions: an operator takes another third
+# of the time that a launch does.
 for _function in (gptq_matmul, gptq_dense):
     _name = f"hf_autoround::{_function.__name__}"
     torch.library.define(_name, torch.library.infer_schema(_function, mutates_args=()))

@@ -44,7 +44,7 @@ def test_kernels_compile_for_a_gpu_and_fit_it(capability):
         for kernel, _, sizes, _ in (*products, kernels.dense_launch(256, 256)):
             names = kernel.arg_names
             given = sizes | dict(bits=bits, group=128, zero_offset=1)
-            constants = {name: given[name] for name in names if name in given}
+            constants = {parameter.name: given[parameter.name] for parameter in kernel.params if parameter.is_constexpr}
             signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
             source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
             options = {name: value for name, value in sizes.items() if name not in names}
