@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory of a whole run over a checkpoint that is larger than the run may be.
 
-    python benchmarks/memory.py [--peer PEER_PYTHON] [--layers 32 64] [--modes rtn tuned]
+    python benchmarks/memory.py [--peer PEER_PYTHON] [--layers 32 64] [--modes rtn model-free tuned resident streamed]
 
 Makes a random Llama (hidden 1024, feed-forward 2048, float32) with each number of layers, quantizes it with this package
 and, if given, with auto-round in its own virtual environment, and prints the peak of RssAnon and RssFile, sampled from
-/proc every 20 ms. Linux only.
+/proc every 20 ms. With several numbers of layers, what each further quantized weight costs: the difference of the peaks over
+that of the weights, so that whatever does not grow with the model (imports, embeddings, one block at work) drops out.
+`resident` and `streamed` are tuning end to end. Linux only.
 """
 
 import argparse
@@ -17,9 +19,10 @@ import time
 from pathlib import Path
 
 VOCABULARY = 4096
+WEIGHTS = 4 * 1024 * 1024 + 3 * 1024 * 2048  # that are quantized, in one layer
 PEER = """
 import sys, torch
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 from auto_round import AutoRound
 model, out, mode = sys.argv[1:]
 extra = dict(iters=0, disable_opt_rtn=True) if mode == "rtn" else dict(iters=4, nsamples=16, seqlen=256, low_gpu_mem_usage=True)
@@ -30,7 +33,7 @@ AutoRound(model, scheme="W4A16", dataset=data, low_cpu_mem_usage=True, **extra).
 """
 OURS = """
 import sys, torch
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 from hf_autoround import AutoRound
 model, out, mode = sys.argv[1:]
 extra = dict(recipe="rtn") if mode == "rtn" else dict(iters=4, nsamples=16, seqlen=256)
@@ -116,6 +119,7 @@ def main() -> None:
     print(f"{'tool':<22} {'mode':<11} {'layers':>6} {'RssAnon MB':>11} {'RssFile MB':>11} {'s':>6}")
     idle = peak([sys.executable, "-c", "import torch, transformers.modeling_utils"])
     print(f"{'import only':<22} {'':<11} {'':>6} {idle[0]:>11.0f} {idle[1]:>11.0f} {idle[2]:>6.0f}")
+    peaks: dict[tuple[str, str], dict[int, tuple[float, float]]] = {}
     for layers in args.layers:
         model = args.work / f"llama-{layers}"
         if not (model / "model.safetensors.index.json").exists():
@@ -127,6 +131,15 @@ def main() -> None:
                 with tempfile.TemporaryDirectory() as out:
                     anon, file, seconds = peak([python, "-c", script, str(model), f"{out}/out", mode])
                 print(f"{name:<22} {mode:<11} {layers:>6} {anon:>11.0f} {file:>11.0f} {seconds:>6.0f}", flush=True)
+                peaks.setdefault((name, mode), {})[layers] = anon, file
+    fewest, most = min(args.layers), max(args.layers)
+    if fewest < most:
+        print(f"\nbytes per further quantized weight, from {fewest} to {most} layers")
+        for (name, mode), found in peaks.items():
+            anon, file = (
+                (more - less) * 1e6 / WEIGHTS / (most - fewest) for less, more in zip(found[fewest], found[most], strict=True)
+            )
+            print(f"{name:<22} {mode:<11} {'':>6} {anon:>11.2f} {file:>11.2f}")
 
 
 if __name__ == "__main__":
