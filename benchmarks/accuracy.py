@@ -38,7 +38,8 @@ print("RESULT", json.dumps([time.perf_counter() - start, cpu() - before, peak]))
 """
 OURS = """
 from hf_autoround import AutoRound
-recipes = {"opt_rtn": "opt-rtn", "e2e": "e2e", "e2e_light": "e2e-light", "e2e_best": "e2e-best"}
+recipes = {"opt_rtn": "opt-rtn", "e2e": "e2e", "e2e_light": "e2e-light", "e2e_best": "e2e-best",
+           "v2": "default"}
 def quantize(job, tokens):
     recipe = recipes.get(job["recipe"], job["recipe"])
     AutoRound(job["model"], scheme=job["scheme"], recipe=recipe, dataset=tokens, seqlen=tokens.shape[1],
