@@ -31,8 +31,8 @@ pytestmark = pytest.mark.skipif(ENVIRONMENT is None, reason="make test-vllm runs
 FORMATS = ("auto_round", "auto_gptq", "auto_awq")
 PROMPTS = ("The first time that", "In the", "It was one of the most important")
 LENGTH = 16
-# of a log-probability: 8 bits of mantissa through a few layers, measured 0.032 at most
-TOLERANCE = 0.06
+# of a log-probability: 8 bits of mantissa through a few layers, measured 0.032 at most, and 0.060 on a CPU with AMX
+TOLERANCE = 0.1
 
 
 @pytest.fixture(scope="module")
