@@ -154,4 +154,4 @@ def test_vllm_answers_as_transformers_does(target, source, checkpoints, tmp_path
     noise, rounding = torch.cat(noise), torch.cat(rounding)
     print(f"{target}: {noise.std():.4f} (at most {noise.abs().max():.4f}) from transformers, {rounding.std():.4f} from float")
     assert noise.abs().max() < TOLERANCE
-    assert noise.std() < rounding.std() / 3, "as near to the float model: is this the quantized one?"
+    assert noise.std() < rounding.std() / 2, "as near to the float model: is this the quantized one?"
