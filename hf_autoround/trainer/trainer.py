@@ -138,7 +138,7 @@ class RoundingTrainer:
                 if whole_steps:
                     journal = stream_end_to_end(
                         replace(model, tokens=tokens),
-                        self.args.end_to_end(),
+                        self.args.end_to_end(len(run.parts.block_names)),
                         run.settings,
                         "streamed" if self.args.low_gpu_mem_usage else self.args.residence,
                         journal,
@@ -204,8 +204,8 @@ class RoundingTrainer:
             keys = ("iters", "lr", "minmax_lr", "batch_size", "gradient_accumulate_steps", "nblocks", "enable_norm_bias_tuning")
             recipe |= {key: getattr(args, key) for key in keys if getattr(args, key) not in (None, False)}
         if args.end_to_end_steps:
-            lr = args.end_to_end().rate(0, len(run.parts.block_names))
-            recipe |= {"end_to_end_steps": args.end_to_end_steps, "end_to_end_lr": lr}
+            settings = args.end_to_end(len(run.parts.block_names))
+            recipe |= {"end_to_end_steps": settings.steps, "end_to_end_lr": settings.lr}
         if run.data is not None:
             recipe["seed"] = args.seed
         packed = target.config(run.plan, {}) is not None

@@ -32,19 +32,19 @@ from hf_autoround.tuning.task import BlockResult, TunableWeight
 
 @dataclass(frozen=True)
 class EndToEndSettings:
-    """How the stage goes. `lr` None is 0.27 / sqrt(steps * blocks), best or near it for models of 2, 4 and 6 blocks.
-    `range_lr` is that of 2-bit integers; others follow from their data type's `range_rate` (tinystories at 8 bits: KL .00019;
-    as fast as at 2 bits .00027). `norm_lr` is relative to the size of a norm's weights. Held-out samples choose the best of
-    the steps that are multiples of `measure_every`.
+    """How the stage goes. Rates are those of the first step: `lr` of the rounding; `range_lr` of the scales of 2-bit integers,
+    others' follow from their data type's `range_rate` (tinystories at 8 bits: KL .00019; as fast as at 2 bits .00027);
+    `norm_lr` is relative to the size of a norm's weights. Held-out samples choose the best of the steps that are multiples of
+    `measure_every`.
 
     With `left` going from 1 to 0 the rate of the rounding falls as left^1.25, the others as left^2: what they move near the
     end is noise (tinystories at 2 bits, held-out KL: .340 against .350 when all fall linearly).
     """
 
-    steps: int = 250
+    steps: int
+    lr: float
     batch_size: int = 8
     gradient_accumulate_steps: int = 1
-    lr: float | None = None
     range_lr: float = 2e-2
     norm_lr: float = 3e-3
     tunes_range: bool = True
@@ -52,10 +52,9 @@ class EndToEndSettings:
     held_out: int = 16
     measure_every: int = 25
 
-    def rate(self, step: int, blocks: int) -> float:
+    def rate(self, step: int) -> float:
         """Return the rate of the rounding at a step."""
-        first = 0.27 / (self.steps * blocks) ** 0.5 if self.lr is None else self.lr
-        return first * (1 - step / self.steps) ** 1.25
+        return self.lr * (1 - step / self.steps) ** 1.25
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,8 @@ class LearnedBlock:
         layers = {name: weight.finished(self.tunables(name)) for name, weight in self.weights.items()}
         return BlockResult(layers, {name: self._shipped(name).clone() for name in self.norms})
 
-    def move(self, gradients: Mapping[str, Tensor], settings: EndToEndSettings, step: int, blocks: int) -> None:
-        """Do step number `step` (from 0) with these gradients of the `replacements`, in a model of so many blocks."""
+    def move(self, gradients: Mapping[str, Tensor], settings: EndToEndSettings, step: int) -> None:
+        """Do step number `step` (from 0) with these gradients of the `replacements`."""
         left = 1 - step / settings.steps
         for name, weight in self.weights.items():
             tunables = self.tunables(name)
@@ -110,7 +109,7 @@ class LearnedBlock:
             for part, gradient in zip(live, found, strict=True):
                 if tunables.rates()[part] == "rounding":
                     rounding = self.state[f"{name}:{part}"]
-                    rounding.sub_(gradient.sign().to(rounding.dtype), alpha=settings.rate(step, blocks))
+                    rounding.sub_(gradient.sign().to(rounding.dtype), alpha=settings.rate(step))
                 elif settings.tunes_range:
                     range_lr = settings.range_lr * weight.data_type.range_rate(weight.spec)
                     self._adam(f"{name}:{part}", gradient, range_lr * left**2, step)
@@ -211,7 +210,7 @@ def end_to_end(task: EndToEndTask, settings: EndToEndSettings, watcher: EndToEnd
     for step, micro_batches in enumerate(islice(order, progress.step, settings.steps), progress.step):
         loss = _step(task, settings, micro_batches, step)
         progress = Progress(step + 1, progress.best, progress.best_step)
-        stop = watcher.step_ends(step, loss, settings.rate(step, task.blocks))
+        stop = watcher.step_ends(step, loss, settings.rate(step))
         last = stop or progress.step == settings.steps
         if last or progress.step % settings.measure_every == 0:
             progress = _measured(task, settings, watcher, progress, held_out)
@@ -329,7 +328,7 @@ def _move(task: EndToEndTask, settings: EndToEndSettings, block: LearnedBlock, l
     for name in block.learned:
         own = leaves[name].grad
         gradients[name] = task.total(torch.zeros_like(leaves[name]) if own is None else own)
-    block.move(gradients, settings, step, task.blocks)
+    block.move(gradients, settings, step)
 
 
 @torch.no_grad()

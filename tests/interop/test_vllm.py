@@ -28,11 +28,11 @@ from hf_autoround import AutoRound, AutoRoundConfig
 ENVIRONMENT = os.environ.get("VLLM_ENVIRONMENT")
 pytestmark = pytest.mark.skipif(ENVIRONMENT is None, reason="make test-vllm runs this")
 
-FORMATS = ("auto_round", "auto_gptq", "auto_awq")
+FORMATS = ("auto_round", "auto_gptq", "auto_awq", "llm_compressor")
 PROMPTS = ("The first time that", "In the", "It was one of the most important")
 LENGTH = 16
-# of a log-probability: 8 bits of mantissa through a few layers, measured 0.032 at most, and 0.060 on a CPU with AMX
-TOLERANCE = 0.1
+# of a log-probability: 8 bits of mantissa through a few layers, measured 0.032 at most
+TOLERANCE = 0.06
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,8 @@ def checkpoints(source, tmp_path_factory):
 def environment():
     """The server's environment: vLLM's own, and nothing of this checkout in it."""
     ours = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV", "VLLM_ENVIRONMENT")}
+    # on a CPU with AMX vLLM rounds the inputs of 4-bit layers to 8 bits, which is another model, unless told not to
+    ours |= {"VLLM_CPU_INT4_W4A8": "0"}
     return ours | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
@@ -154,4 +156,4 @@ def test_vllm_answers_as_transformers_does(target, source, checkpoints, tmp_path
     noise, rounding = torch.cat(noise), torch.cat(rounding)
     print(f"{target}: {noise.std():.4f} (at most {noise.abs().max():.4f}) from transformers, {rounding.std():.4f} from float")
     assert noise.abs().max() < TOLERANCE
-    assert noise.std() < rounding.std() / 2, "as near to the float model: is this the quantized one?"
+    assert noise.std() < rounding.std() / 3, "as near to the float model: is this the quantized one?"

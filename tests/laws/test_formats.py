@@ -59,7 +59,8 @@ def test_written_and_read_back_it_computes_what_was_quantized(target, scheme, sy
     assert torch.equal(logits, logits_on_quantized_inputs(fake, packed, rows))
     exact = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(rows).logits
     error = ((logits - exact).norm() / exact.norm()).item()
-    assert 0 < error < {2: 1.5, 3: 0.8, 4: 0.6}.get(scheme.weight.bits, 0.2)
+    both = 1.5 if scheme.activation is not None and scheme.weight.bits == 4 else 1.0  # inputs of 4 bits as well
+    assert 0 < error < both * {2: 1.5, 3: 0.8, 4: 0.4}.get(scheme.weight.bits, 0.2)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
