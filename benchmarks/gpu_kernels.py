@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Microseconds of a product with a packed weight on a GPU, beside a bfloat16 one, by rows of inputs.
 
-    python benchmarks/triton.py
+    python benchmarks/gpu_kernels.py
 
 Products run in CUDA graphs, so that launches cost nothing, over copies of the weight that do not fit the cache together.
 Each result is compared with the product by the dequantized weight.
