@@ -7,6 +7,8 @@ INSTALLED := $(VENV)/installed
 VLLM := .venv-vllm
 MLX := .venv-mlx
 COMPRESSED := .venv-compressed-tensors
+# a file's tests share the models that they make, so they stay together
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test test-vllm test-mlx test-compressed-tensors lint test-versions clean
 
@@ -16,7 +18,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 # a real server on the CPU, in an environment that does not have this package
 test-vllm: $(INSTALLED) $(VLLM)/installed
@@ -67,9 +69,9 @@ test-versions: $(INSTALLED)
 	  $(PYTHON) -m venv .venv-$$version && \
 	  .venv-$$version/bin/python -m pip install --quiet --constraint constraints.txt torch && \
 	  .venv-$$version/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]" "transformers==$$version" && \
-	  .venv-$$version/bin/python -m pytest || exit 1; \
+	  .venv-$$version/bin/python -m pytest $(SIDE_BY_SIDE) || exit 1; \
 	done
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 clean:
 	rm -rf $(VENV) .venv-* build dist *.egg-info

@@ -59,12 +59,14 @@ def rows_of(count: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("size", "dtype"),
-    [*((size, torch.float16) for size in (-1, 32, 64, 128)), (64, torch.float32), (64, torch.bfloat16)],
-    ids=lambda value: str(value).removeprefix("torch."),
+    ("bits", "sym", "size", "dtype"),
+    [
+        *((bits, sym, 64, torch.float16) for bits in (2, 3, 4, 8) for sym in (True, False)),
+        *((bits, bits == 3, size, torch.float16) for bits in (3, 4) for size in (-1, 32, 128)),
+        *((bits, bits == 4, 64, dtype) for bits in (3, 4) for dtype in (torch.float32, torch.bfloat16)),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_a_product_is_the_references(bits, sym, size, dtype):
     layer = packed_linear(bits, size, sym, (40, 256)).to(DEVICE)
     assert TRITON.refuse(layer, DEVICE) is None
@@ -89,9 +91,8 @@ def test_the_dense_weight_is_the_references_bit_for_bit(bits, layout):
             assert torch.equal(dense.t(), expected)
 
 
-@pytest.mark.parametrize("layout", [GPTQ_V1, GPTQ_V2], ids=lambda layout: layout.name)
-@pytest.mark.parametrize("shape", [(1, 32), (7, 96), (130, 64), (64, 1120), (40, 160)], ids=str)
-@pytest.mark.parametrize("bits", [3, 4, 5])
+@pytest.mark.parametrize(("bits", "layout"), [(3, GPTQ_V1), (4, GPTQ_V2), (5, GPTQ_V1)], ids=["3-v1", "4-v2", "5-v1"])
+@pytest.mark.parametrize("shape", [(1, 32), (7, 96), (130, 64), (64, 1120)], ids=str)
 def test_odd_shapes_are_masked(bits, shape, layout):
     layer = packed_linear(bits, 64, False, shape, layout).to(DEVICE)
     for count in ROWS:
