@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Causal attention from plain matrix products, for tuning in bfloat16 on a CPU.
 
-torch's fused CPU attention spends more than half of a tuning step in its backward pass. A few hundred queries at a time,
-each chunk against the keys up to its own end, the same sums take half of that (8 x 256 tokens, 8 heads of 16: 15 ms
-against 36; 2 x 2048 tokens, 8 heads of 128: 562 against 719), and the upper triangle is never computed.
+torch's fused CPU attention spends more than half of a tuning step in its backward pass. A hundred queries at a time, each
+chunk against the keys up to its own end, the same sums take a third or half of that (8 x 256 tokens, 8 heads of 16: 16 ms
+against 62 with AMX), and most of the upper triangle is never computed. The backward is written by hand because autograd
+makes each chunk's gradient as long as all keys (2048 tokens, 8 heads of 128: 211 ms against 262).
 
 It is registered with transformers' attention interface, so a model's own forward calls it by name.
 
@@ -22,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "hf_autoround_chunked"
-CHUNK = 256  # queries at a time; measured best of 64 to 512 for 256 to 2048 tokens
+CHUNK = 128  # queries at a time; measured best of 64 to 256 for 256 to 2048 tokens, or near it
 
 
 def use_chunked_attention(model: PreTrainedModel) -> None:
@@ -61,13 +62,45 @@ def chunked_attention(
     repeats = heads // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
     scale = size**-0.5 if scaling is None else scaling
-    future = torch.full((min(CHUNK, tokens),) * 2, float("-inf"), dtype=query.dtype, device=query.device).triu(1)
-    outputs = []
-    for start in range(0, tokens, CHUNK):
-        end = min(start + CHUNK, tokens)
-        mask = F.pad(future[: end - start, : end - start], (start, 0))
-        scores = torch.baddbmm(mask.expand(len(query), -1, -1), query[:, start:end], key[:, :end].transpose(1, 2), alpha=scale)
-        outputs.append(F.softmax(scores, -1) @ value[:, :end])
-    return torch.cat(outputs, 1).view(batch, heads, tokens, -1).transpose(1, 2).contiguous(), None
+    output = _Causal.apply(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), scale)
+    return output.view(batch, heads, tokens, -1).transpose(1, 2).contiguous(), None
+
+
+class _Causal(torch.autograd.Function):
+    """softmax(scale * query key^T) value, each query with the keys up to itself: (B*N, T, D) each."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, scale):  # noqa: ANN001, ANN205
+        output = query.new_empty(*query.shape[:2], value.shape[-1])
+        future = torch.full((CHUNK, CHUNK), float("-inf"), dtype=query.dtype, device=query.device).triu(1)
+        chunks = []
+        for start, end in _chunks(query):
+            mask = F.pad(future[: end - start, : end - start], (start, 0)).expand(len(query), -1, -1)
+            shares = torch.baddbmm(mask, query[:, start:end], key[:, :end].transpose(1, 2), alpha=scale)
+            torch.softmax(shares, -1, out=shares)
+            output[:, start:end] = shares @ value[:, :end]
+            if any(ctx.needs_input_grad):
+                chunks.append(shares)
+        ctx.save_for_backward(query, key, value, *chunks)
+        ctx.scale = scale
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):  # noqa: ANN001, ANN205
+        query, key, value, *chunks = ctx.saved_tensors
+        for_query, for_key, for_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for (start, end), shares in zip(_chunks(query), chunks, strict=True):
+            own = gradient[:, start:end]
+            for_value[:, :end] += shares.transpose(1, 2) @ own
+            for_shares = own @ value[:, :end].transpose(1, 2)
+            for_scores = torch._softmax_backward_data(for_shares, shares, -1, shares.dtype)
+            for_query[:, start:end] = for_scores @ key[:, :end]
+            for_key[:, :end] += for_scores.transpose(1, 2) @ query[:, start:end]
+        return for_query.mul_(ctx.scale), for_key.mul_(ctx.scale), for_value, None
+
+
+def _chunks(query: Tensor) -> list[tuple[int, int]]:
+    """Return where each chunk of queries starts and ends."""
+    tokens = query.shape[1]
+    return [(start, min(start + CHUNK, tokens)) for start in range(0, tokens, CHUNK)]

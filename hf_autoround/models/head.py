@@ -53,4 +53,6 @@ class Head:
         output = self._returned(last_hidden_state=rows[None])
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         with replaced(list(bodies.values()), lambda place: lambda *args, **kwargs: output), autocast(self.device, self.autocast):
-            return functional_call(self.model, dict(weights), kwargs={"input_ids": token, "use_cache": False}).logits[0]
+            # tied weights need no care, as nothing but the head runs; looking for them takes longer than the product
+            call = {"input_ids": token, "use_cache": False}
+            return functional_call(self.model, dict(weights), kwargs=call, tie_weights=False).logits[0]

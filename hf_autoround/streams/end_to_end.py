@@ -195,7 +195,7 @@ class _Stage:
     def _task(self) -> EndToEndTask:
         walk, head = self.walk, self.head
         where = walk.share.place
-        rows = max(16, (1 << 19 if walk.device.type == "cpu" else 1 << 26) // self.lazy.model.config.get_text_config().vocab_size)
+        rows = max(16, (1 << 22 if walk.device.type == "cpu" else 1 << 26) // self.lazy.model.config.get_text_config().vocab_size)
 
         def finished(hidden: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
             own = where[indices]

@@ -27,6 +27,7 @@ from hf_autoround.calibration.sampling import sample_text
 from hf_autoround.errors import AutoRoundError, MissingDependency
 from hf_autoround.formats.base import Format
 from hf_autoround.layers.sites import QuantizedLayer
+from hf_autoround.models.memory import freed_memory_kept
 from hf_autoround.models.processes import join
 from hf_autoround.streams.block_walk import PlannedModel, Unit, units
 from hf_autoround.streams.blocks import stream_blocks
@@ -115,7 +116,10 @@ class RoundingTrainer:
 
         Plain round to nearest has nothing to keep there.
         """
-        run = self.prepare()
+        with freed_memory_kept():
+            return self._quantized(self.prepare(), resume)
+
+    def _quantized(self, run: Run, resume: bool) -> Journal:
         journal = self.processes.from_main(lambda: self._open_journal(run, resume))
         tokens = self._tokens(run, journal)
         steps_per_block = self.args.iters or 1
