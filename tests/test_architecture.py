@@ -36,6 +36,7 @@ OPTIONAL = {
     "peft",
     "auto_round_kernel",
     "triton",
+    "matplotlib",
 }
 REQUIRED = {"torch", "transformers", "accelerate", "datasets", "safetensors"}
 BROUGHT_ALONG = {"huggingface_hub", "tokenizers", "tqdm", "numpy", "psutil"}  # by transformers or accelerate

@@ -3,7 +3,6 @@
 
 import json
 from dataclasses import replace
-from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -182,10 +181,9 @@ def test_log_card_and_plot_tell_how_it_went(tiny_model, tmp_path):
     assert [entry["step"] for entry in state["log_history"] if "learning_rate" in entry] == [5, 7, 9]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| end_to_end_steps | 6 |" in card and f"{measured(trainer)[0]['held_out_kl']:.4f} before" in card
-    assert "![KL divergence over steps](end_to_end.svg)" in card
-    picture = ElementTree.parse(tmp_path / "out" / "end_to_end.svg")
-    held_out, training = (line.get("points").split() for line in picture.iter("{http://www.w3.org/2000/svg}polyline"))
-    assert len(held_out) == len(measured(trainer)) == len(training) + 1
+    pytest.importorskip("matplotlib")
+    assert "![KL divergence over steps](end_to_end.png)" in card
+    assert (tmp_path / "out" / "end_to_end.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_residence_that_does_not_exist_is_refused():
