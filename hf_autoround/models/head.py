@@ -23,11 +23,15 @@ from hf_autoround.models.walk import autocast, replaced, walk_through
 
 @dataclass
 class Head:
-    """Final norm and output head of a model whose parts outside of the blocks are loaded on `device`."""
+    """Final norm and output head of a model whose parts outside of the blocks are loaded on `device`.
+
+    `weights` are the head's own parameters, by full name, in the dtype of products.
+    """
 
     model: PreTrainedModel
     blocks: Sequence[nn.Module]
     device: torch.device
+    weights: Mapping[str, Tensor]
     autocast: torch.dtype | None = None
     returns_tuple: bool = False
     _returned: type = field(default=BaseModelOutputWithPast, init=False)
@@ -46,8 +50,13 @@ class Head:
         self._returned = type(output)
         return output.last_hidden_state
 
-    def logits(self, rows: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """Return the logits (R, V) of finished hidden states (R, H), with `weights` in place of the model's own."""
+    @property
+    def rows(self) -> int:
+        """For how many rows at a time logits should be computed."""
+        return max(16, (1 << 22 if self.device.type == "cpu" else 1 << 26) // self.model.config.get_text_config().vocab_size)
+
+    def logits(self, rows: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the logits (R, V) of finished hidden states (R, H), with `weights` in place of the head's own."""
         # OPT's forward calls the decoder inside of its base model; get_decoder of others may be the model itself
         bodies = {id(body): body for body in (self.model.base_model, self.model.get_decoder()) if body is not self.model}
         output = self._returned(last_hidden_state=rows[None])
@@ -55,4 +64,4 @@ class Head:
         with replaced(list(bodies.values()), lambda place: lambda *args, **kwargs: output), autocast(self.device, self.autocast):
             # tied weights need no care, as nothing but the head runs; looking for them takes longer than the product
             call = {"input_ids": token, "use_cache": False}
-            return functional_call(self.model, dict(weights), kwargs=call, tie_weights=False).logits[0]
+            return functional_call(self.model, {**self.weights, **(weights or {})}, kwargs=call, tie_weights=False).logits[0]

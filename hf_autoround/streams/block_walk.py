@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from hf_autoround.layers.fake_quantized_block import InputStatistics, watch_inpu
 from hf_autoround.layers.sites import oriented
 from hf_autoround.models.attention import use_chunked_attention
 from hf_autoround.models.blocks import ModelParts
+from hf_autoround.models.head import Head
 from hf_autoround.models.loading import LazyModel, evict, load_keys
 from hf_autoround.models.memory import release_memory
 from hf_autoround.models.placement import Placement
@@ -28,7 +30,7 @@ from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.streams.ranges import shared_ranges
 from hf_autoround.streams.shards import refuse_not_finite
 from hf_autoround.streams.shares import share_of
-from hf_autoround.tuning import BlockResult, BlockTask, TunableWeight
+from hf_autoround.tuning import BlockResult, BlockTask, TunableWeight, teacher
 
 
 @dataclass(frozen=True)
@@ -188,15 +190,23 @@ class BlockWalk:
     def task(self, place: int, runner: BlockRunner, statistics: InputStatistics, static: Mapping[str, Tensor]) -> BlockTask:
         """Return what the algorithm needs of a resident unit; `static` is what calibration gave."""
         inputs, float_inputs, targets, where = self.inputs, self.float_inputs, self.targets, self.share.place
+        predicts = runner.names[-1] == self.parts.block_names[-1] and self.parts.head is not None
+        end = cache(self.load_end)  # when it is first needed
 
-        def run(indices: Tensor, replaced: Mapping[str, Tensor]) -> Tensor:
-            return runner(inputs[where[indices]], where[indices], replaced)
-
-        def target(indices: Tensor) -> Tensor:
+        def error(indices: Tensor, replaced: Mapping[str, Tensor]) -> Tensor:
+            own = where[indices]
+            output = runner(inputs[own], own, replaced)
             if targets is not None:
-                return targets[where[indices]].to(self.device)
-            with torch.no_grad():
-                return runner(float_inputs[where[indices]], where[indices], {})
+                target = targets[own].to(self.device)
+            else:
+                with torch.no_grad():
+                    target = runner(float_inputs[own], own, {})
+            if predicts:
+                head = end()
+                mine, theirs = (head.finished(hidden, self.tokens[own]).flatten(0, 1) for hidden in (output, target))
+                return teacher.error(head.logits, head.logits, mine, theirs, head.rows)
+            precise = torch.promote_types(output.dtype, torch.float32)
+            return torch.nn.functional.mse_loss(output.to(precise), target.to(precise))
 
         weights = self.tunable({name: (tensor, transposed) for name, tensor, transposed in self.weights(runner)}, static)
         return BlockTask(
@@ -209,8 +219,7 @@ class BlockWalk:
                 name: squares.to(weights[name].parameter.device, torch.float32) for name, squares in statistics.squares.items()
             },
             inputs={name: statistics.inputs(name) for name in statistics.squares},
-            run=run,
-            target=target,
+            error=error,
             share=self.share.of,
             total=self.processes.total,
         )
@@ -253,6 +262,19 @@ class BlockWalk:
                         found[leaf] = parameter.detach()
         return found
 
+    def load_end(self) -> Head:
+        """Load what lies outside of the blocks, head included, and return what comes after the blocks."""
+        self.load_outside()
+        model, name = self.lazy.model, self.parts.head
+        if name is not None:
+            load_keys(self.lazy, self.lazy.keys_under(name), self.device, self.dtype)
+        weights = {
+            parameter: tensor.detach().to(self.autocast or self.dtype)
+            for parameter, tensor in model.named_parameters(remove_duplicate=False)
+            if name is not None and parameter.startswith(f"{name}.")
+        }
+        return Head(model, self.blocks, self.device, weights, self.autocast, self.returns_tuple)
+
     def load_outside(self) -> list[nn.Module]:
         """Load what lies outside of the blocks and the head."""
         inside = tuple(f"{name}." for name in (*self.parts.block_names, *([self.parts.head] if self.parts.head else [])))
@@ -292,10 +314,11 @@ class Resident:
         return runner
 
     def __exit__(self, *error: object) -> None:
+        walk = self.walk
         for block in self.blocks:
-            self.walk.settings.placement.gather(block)
-            evict(block)
-        release_memory()
+            walk.settings.placement.gather(block)
+        # the end of the model may have been loaded with the last block
+        walk.evict([walk.lazy.model] if self.unit.names[-1] == walk.parts.block_names[-1] else list(self.blocks))
 
 
 def compute_types(stored: torch.dtype, device: torch.device, amp: bool) -> tuple[torch.dtype, torch.dtype | None]:

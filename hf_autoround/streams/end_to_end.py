@@ -23,8 +23,6 @@ from torch import Tensor
 
 from hf_autoround.errors import CalibrationError
 from hf_autoround.layers.activations import InputQuantizer, quantized_inputs
-from hf_autoround.models.head import Head
-from hf_autoround.models.loading import load_keys
 from hf_autoround.models.memory import release_memory
 from hf_autoround.models.walk import BlockRunner
 from hf_autoround.streams.block_walk import BlockWalk, PlannedModel, StreamSettings, Unit, units
@@ -136,7 +134,7 @@ class _Stage:
 
     def _read_float_model(self) -> None:
         """Put every block on the shelf, and remember what the float model says."""
-        walk, lazy = self.walk, self.lazy
+        walk = self.walk
         walk.begin()
         self.inputs = self.samples.keep("inputs", {"hidden": walk.float_inputs})["hidden"]
         hidden = walk.float_inputs
@@ -150,24 +148,15 @@ class _Stage:
             raise CalibrationError(
                 "the float model's outputs hold NaN or infinity; its weights are damaged, or bfloat16 overflows: try disable_amp"
             )
-        walk.load_outside()
-        head_name = walk.parts.head
-        if head_name is not None:
-            load_keys(lazy, lazy.keys_under(head_name), walk.device, walk.dtype)
-        self.head = Head(lazy.model, walk.blocks, walk.device, walk.autocast, walk.returns_tuple)
+        self.head = walk.load_end()
         size = {"hidden": (tuple(hidden.shape), self.products)}
         self.teacher = self.samples.room("teacher", size)["hidden"]
         for indices in torch.arange(len(hidden)).split(walk.share.batch_size):
             with torch.no_grad():
                 self.teacher[indices] = self.head.finished(hidden[indices].to(walk.device), walk.tokens[indices]).to(self.teacher)
-        weights = {name: tensor.detach() for name, tensor in lazy.model.named_parameters(remove_duplicate=False)}
-        self.head_weights = {
-            name: tensor.to(self.products)
-            for name, tensor in weights.items()
-            if head_name is not None and name.startswith(f"{head_name}.")
-        }
         if self.units[-1].key == "head":
-            runner = BlockRunner(self.units[-1].names, (lazy.model.get_submodule(self.units[-1].names[0]),), (), walk.device)
+            module = self.lazy.model.get_submodule(self.units[-1].names[0])
+            runner = BlockRunner(self.units[-1].names, (module,), (), walk.device)
             self._shelve(self.units[-1], runner)
 
     @torch.no_grad()
@@ -195,7 +184,6 @@ class _Stage:
     def _task(self) -> EndToEndTask:
         walk, head = self.walk, self.head
         where = walk.share.place
-        rows = max(16, (1 << 22 if walk.device.type == "cpu" else 1 << 26) // self.lazy.model.config.get_text_config().vocab_size)
 
         def finished(hidden: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
             own = where[indices]
@@ -206,19 +194,19 @@ class _Stage:
 
             def compute(states: Tensor) -> Tensor:
                 with quantized_inputs(inputs):
-                    return head.logits(states, {**self.head_weights, **parameters})
+                    return head.logits(states, parameters)
 
             return compute
 
         def measure(hidden: Tensor, indices: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
             mine, theirs = finished(hidden, indices)
-            return teacher.divergence(logits(parameters), logits({}), mine.flatten(0, 1), theirs.flatten(0, 1), rows)
+            return teacher.divergence(logits(parameters), logits({}), mine.flatten(0, 1), theirs.flatten(0, 1), head.rows)
 
         def backward(hidden: Tensor, indices: Tensor, parameters: Mapping[str, Tensor], scale: float) -> tuple[Tensor, Tensor]:
             leaf = hidden.requires_grad_()
             mine, theirs = finished(leaf, indices)
             kl, gradient = teacher.backward(
-                logits(parameters), logits({}), mine.detach().flatten(0, 1), theirs.flatten(0, 1), rows, scale
+                logits(parameters), logits({}), mine.detach().flatten(0, 1), theirs.flatten(0, 1), head.rows, scale
             )
             mine.backward(gradient.view_as(mine))
             assert leaf.grad is not None

@@ -21,7 +21,7 @@ from hf_autoround.tuning.task import BlockResult, BlockTask, OnStep, TuningSetti
 
 def sign_round(task: BlockTask, settings: TuningSettings, on_step: OnStep) -> BlockResult:
     """Tune one block; `on_step` may stop it early."""
-    assert task.run is not None and task.target is not None
+    assert task.error is not None
     state = _State(task, settings)
     training, selection = split(task.samples, settings.selection_samples)
     first = best = _error(task, state.replacements(), selection, settings.batch_size)
@@ -97,7 +97,7 @@ class _State:
         leaves = {name: weight.detach().requires_grad_() for name, weight in self.replacements().items()}
         total, count = 0.0, sum(len(indices) for indices in micro_batches)
         for indices in filter(len, map(self.task.share, micro_batches)):
-            loss = _loss(self.task, leaves, indices)
+            loss = self.task.error(indices, leaves)  # type: ignore[misc]
             (loss * (len(indices) / count)).backward()
             total += loss.item() * len(indices) / count
         while leaves:
@@ -146,16 +146,10 @@ class SignSGD(torch.optim.Optimizer):
 
 @torch.no_grad()
 def _error(task: BlockTask, weights: Mapping[str, Tensor], indices: Tensor, batch_size: int) -> float:
-    """Return the mean squared error of the block's output on samples `indices`."""
+    """Return the mean error on samples `indices`."""
     own = task.share(indices)
-    total = sum(_loss(task, weights, batch).item() * len(batch) for batch in own.split(batch_size) if len(batch))
+    total = sum(task.error(batch, weights).item() * len(batch) for batch in own.split(batch_size) if len(batch))  # type: ignore[misc]
     return _sum(task, total) / len(indices)
-
-
-def _loss(task: BlockTask, weights: Mapping[str, Tensor], indices: Tensor) -> Tensor:
-    output, target = task.run(indices, weights), task.target(indices)  # type: ignore[misc]
-    precise = torch.promote_types(output.dtype, torch.float32)
-    return torch.nn.functional.mse_loss(output.to(precise), target.to(precise))
 
 
 def _sum(task: BlockTask, share: float) -> float:

@@ -75,9 +75,9 @@ class TunableWeight:
 class BlockTask:
     """One block (or several at a time) to quantize.
 
-    `run(indices, weights)` computes the block's outputs from the *quantized* chain's inputs of the samples `indices` (B,),
-    with `weights` in place of its own; `target(indices)` are the float model's outputs. `norms` are the 1-D parameters
-    that may be tuned besides, and ship as `stored_dtype`. `importance` holds sums of squared inputs, ([E,] 1, I), `inputs`
+    `error(indices, weights)` says, differentiably, how far the block's outputs on the *quantized* chain's inputs of the samples
+    `indices` (B,), with `weights` in place of its own, are from the float model's. `norms` are the 1-D parameters that may be
+    tuned besides, and ship as `stored_dtype`. `importance` holds sums of squared inputs, ([E,] 1, I), `inputs`
     some of the inputs themselves: one (R, I) for a weight, E of them for fused experts.
 
     The samples may be shared out: `share(indices)` are those that can be run here, and `total(tensor)` is the sum of what
@@ -91,8 +91,7 @@ class BlockTask:
     stored_dtype: torch.dtype = torch.float32
     importance: Mapping[str, Tensor] = field(default_factory=dict)
     inputs: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
-    run: Callable[[Tensor, Mapping[str, Tensor]], Tensor] | None = None
-    target: Callable[[Tensor], Tensor] | None = None
+    error: Callable[[Tensor, Mapping[str, Tensor]], Tensor] | None = None
     share: Callable[[Tensor], Tensor] = lambda indices: indices
     total: Callable[[Tensor], Tensor] = lambda tensor: tensor
 

@@ -10,6 +10,7 @@ Shapes: R positions, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,28 @@ def backward(student: Logits, teacher: Logits, hidden: Tensor, target: Tensor, r
         mine.backward(theirs.to(mine.dtype))
         gradient[start : start + rows] = leaf.grad
     return total, gradient
+
+
+def error(student: Logits, teacher: Logits, hidden: Tensor, target: Tensor, rows: int) -> Tensor:
+    """Return the mean KL divergence over positions, differentiable for `hidden` (R, H); estimated where it is to be."""
+    if not (torch.is_grad_enabled() and hidden.requires_grad):
+        return divergence(student, teacher, hidden, target, rows) / len(hidden)
+    total, gradient = backward(student, teacher, hidden, target, rows, 1 / len(hidden))
+    return _KnownGradient.apply(hidden, total / len(hidden), gradient)
+
+
+class _KnownGradient(torch.autograd.Function):
+    """A number whose gradient for `hidden` is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * scale.to(gradient.dtype), None, None
 
 
 def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
