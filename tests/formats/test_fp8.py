@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import tokens
 from transformers import AutoModelForCausalLM
 
@@ -26,6 +27,17 @@ def test_transformers_reads_the_same_weights(tiny_model, tmp_path):
     for name, layer in layers.items():
         assert torch.equal(layer.dequantized(), theirs.get_submodule(name).weight)
     assert torch.isfinite(theirs(tokens()[:1]).logits).all()
+
+
+def test_what_would_be_read_as_floats_is_refused_by_name(tiny_model, tmp_path):
+    AutoRound(str(tiny_model("llama_wide")), scheme="FP8_BLOCK", recipe="rtn", disable_tqdm=True).quantize_and_save(
+        tmp_path / "out", "fp8"
+    )
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tensors["model.embed_tokens.weight_scale_inv"] = torch.ones(1, 1)
+    save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedLayer, match=r"model\.embed_tokens is quantized in this float8 checkpoint"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=AutoRoundConfig())
 
 
 @pytest.mark.parametrize(

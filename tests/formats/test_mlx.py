@@ -112,7 +112,7 @@ def test_quantized_embeddings_are_refused_by_name(tiny_model, tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors |= {f"model.embed_tokens.{leaf}": tensor.clone() for leaf, tensor in of_layer(tensors, Q).items()}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UnsupportedLayer, match=r"model\.embed_tokens is quantized in this MLX checkpoint"):
+    with pytest.raises(UnsupportedLayer, match=r"model\.embed_tokens is quantized in this mlx checkpoint"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
