@@ -11,9 +11,11 @@ from tiny import CONFIGS, tokens
 from transformers import AutoModelForCausalLM
 
 from hf_autoround import AutoRound, AutoRoundConfig
+from hf_autoround.cli.list_registries import formats
 from hf_autoround.errors import UnsupportedScheme
 from hf_autoround.formats import FORMATS
 from hf_autoround.formats.auto_round import read_auto_round_config
+from hf_autoround.layers.packed_linear import PackedLinear
 from hf_autoround.layers.sites import WeightSite
 from hf_autoround.numerics import refuse_scheme
 from hf_autoround.scheme import PRESETS, integer_scheme, resolve_scheme
@@ -55,12 +57,24 @@ def test_written_and_read_back_it_computes_what_was_quantized(target, scheme, sy
     folders = [tmp_path / "out" / target.name, tmp_path / "out" / "fake"] if target.name != "fake" else [tmp_path / "out"] * 2
     rows = tokens()[:2]
     packed, fake = (load(folder) for folder in folders)
+    assert target.name == "fake" or sum(isinstance(module, PackedLinear) for module in packed.modules()) == 21
     logits = packed(rows).logits
     assert torch.equal(logits, logits_on_quantized_inputs(fake, packed, rows))
     exact = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(rows).logits
     error = ((logits - exact).norm() / exact.norm()).item()
     both = 1.5 if scheme.activation is not None and scheme.weight.bits == 4 else 1.0  # inputs of 4 bits as well
     assert 0 < error < both * {2: 1.5, 3: 0.8, 4: 0.4}.get(scheme.weight.bits, 0.2)
+
+
+def test_every_cell_that_is_printed_is_tested_above():
+    lines = [line.split() for line in formats().split("\n\n")[1].splitlines()]
+    printed = {(target, name, cell) for name, *cells in lines[1:] for target, cell in zip(lines[0][1:], cells, strict=True)}
+    symmetric, asymmetric = (
+        {(target.name, scheme.name) for target, scheme, kind in CELLS if kind is sym} for sym in (True, False)
+    )
+    assert symmetric == {(target, name) for target, name, cell in printed if cell != "-"}
+    assert not asymmetric & {(target, name) for target, name, cell in printed if cell != "yes"}
+    assert {name for _, name, _ in printed} == {scheme.name for scheme in PRESETS if scheme.weight is not None}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
