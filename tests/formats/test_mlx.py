@@ -143,6 +143,15 @@ def test_conv1d_and_experts_are_not_for_mlx_lm(tiny_model, tmp_path):
     assert "whole groups of 64 inputs, and 96 inputs" in MLXFormat().refuse(whole, integer_scheme(4, 64))
 
 
+def test_experts_are_quantized_for_our_own_loader(tiny_model, tmp_path):
+    write(tiny_model("qwen3_moe"), tmp_path, "auto_round:mlx,fake", scheme="W4A16G32")
+    packed, fake = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("auto_round:mlx", "fake"))
+    experts = [name for name, layer in packed.named_modules() if isinstance(layer, PackedLinear) and ".experts." in name]
+    assert len(experts) == 2 * 4 * 3
+    rows = tokens()[:2]
+    assert torch.equal(packed(rows).logits, fake(rows).logits)
+
+
 def test_its_configuration_is_read_as_mlx_lm_means_it():
     stored = read_config(
         {"quant_method": "mlx", "bits": 4, "group_size": 64, "sym": True, Q: {"bits": 8, "group_size": 32}, DOWN: False}
