@@ -152,7 +152,8 @@ def test_vllm_answers_as_transformers_does(scheme, target, source, checkpoints, 
         ids = answer["ids"]
         start = len(tokenizer(prompt)["input_ids"])
         assert ids[:start] == tokenizer(prompt)["input_ids"] and start < len(ids) <= start + LENGTH
-        assert tokenizer.decode(ids[start:], skip_special_tokens=True) == answer["text"]
+        text = tokenizer.decode(ids[start:], skip_special_tokens=True)
+        assert text.rstrip("\ufffd") == answer["text"].rstrip("\ufffd")  # vLLM keeps back the bytes of a letter cut in two
         theirs = torch.tensor(answer["logprobs"][1:])
         expected, likeliest = log_probabilities(ours, ids)
         noise.append(theirs - expected)
