@@ -104,6 +104,8 @@ class AutoRoundFormat(Format):
             )
         if any(scheme.activation is not None for scheme in schemes):
             notes.append("auto_round with quantized inputs: hf_autoround reads it; for vLLM take llm_compressor")
+        elif any(scheme.weight.data_type != "int" for scheme in schemes if scheme.weight):
+            notes.append("auto_round with floats of 4 or 8 bits: hf_autoround reads it; for vLLM take llm_compressor")
         return "; ".join(filter(None, notes)) or None
 
 

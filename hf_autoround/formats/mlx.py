@@ -38,8 +38,6 @@ class AutoRoundMLXFormat(Format):
     def refuse(self, site: WeightSite, scheme: Scheme) -> str | None:
         """Return why a site cannot be stored under a scheme, or None."""
         assert scheme.weight is not None
-        if site.expert is not None:
-            return "its readers want the experts of a layer in one tensor, which is not written"
         return refuse_inputs(scheme) or _LAYOUT.refuse(scheme.weight, site.shape)
 
     def refuse_plan(self, plan: QuantPlan) -> str | None:
@@ -73,6 +71,8 @@ class MLXFormat(AutoRoundMLXFormat):
         """Return why a site cannot be stored under a scheme, or None."""
         if site.transposed:
             return "mlx-lm turns the weights of a Conv1D when it loads them, and would turn packed ones"
+        if site.expert is not None:  # some of its models (mixtral) put packed experts together when they load, others do not
+            return "mlx-lm wants the packed experts of a layer in one tensor, which is not written (auto_round:mlx keeps each)"
         return super().refuse(site, scheme)
 
     def model_config(self, config: Mapping[str, Any], plan: QuantPlan, names: Mapping[str, str]) -> dict[str, Any]:

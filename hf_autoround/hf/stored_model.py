@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,15 +17,14 @@ from transformers.utils import logging
 from hf_autoround.errors import UnsupportedLayer
 from hf_autoround.formats import AutoRoundFormat, StoredPlan
 from hf_autoround.formats.auto_round import PACKING, float_packing, layout_for, packing_format
-from hf_autoround.formats.base import LayoutOf
 from hf_autoround.layers.sites import WeightSite
-from hf_autoround.layouts import GPTQ, MLX, IndexedGPTQ, Layout
+from hf_autoround.layouts import GPTQ, IndexedGPTQ, Layout
 from hf_autoround.layouts.gptq_indexed import groups_in_order
 from hf_autoround.models.blocks import find_sites, model_parts, other_matrices
-from hf_autoround.models.checkpoint import read_tensors, stored_names
+from hf_autoround.models.checkpoint import read_tensors, stored_dtypes, stored_names
 from hf_autoround.models.loading import names_in_memory
 from hf_autoround.planning.plan import QuantPlan
-from hf_autoround.scheme import Scheme, TensorSpec
+from hf_autoround.scheme import Scheme
 
 logger = logging.get_logger(__name__)
 
@@ -51,7 +49,7 @@ class StoredModel:
 def read_stored_model(model: PreTrainedModel, stored: StoredPlan, files: Iterable[str] | None) -> StoredModel:
     """Return what a checkpoint holds for a model on the meta device; `files` are its weight files (None: not known)."""
     parts, files = model_parts(model), list(files or ())
-    layout_of = _with_stored_dtype(stored.layout_of, files)
+    dtypes = stored_dtypes(files)
     keys = {name: key for key, name in names_in_memory(model, stored_names(files)).items()}
     scattered_layers = _scattered_layers(files, {key: name for name, key in keys.items()}, stored)
     sites = find_sites(model)
@@ -62,7 +60,7 @@ def read_stored_model(model: PreTrainedModel, stored: StoredPlan, files: Iterabl
         own = names.get(site.name, site.name)
         inside = any(name.startswith(f"{path}.") for path in stored.blocks or (parts.blocks,) for name in (site.name, own))
         scheme = stored.scheme_of(own, inside)
-        layout = None if scheme is None or scheme.weight is None else layout_of(scheme.weight)
+        layout = None if scheme is None or scheme.weight is None else stored.layout_of(scheme.weight).as_stored(dtypes)
         if scheme is not None and layout is not None and (not files or _is_packed(site, scheme, layout, keys)):
             layers[site] = scheme, _indexed(layout) if site.name in scattered_layers else layout
             continue
@@ -72,7 +70,7 @@ def read_stored_model(model: PreTrainedModel, stored: StoredPlan, files: Iterabl
             )
         if parts.block_of(site.name) is not None or site.name == parts.head:
             kept[site.name] = "the checkpoint holds it as float"
-    _refuse_others(layers, keys)
+    _refuse_others(model, layers, keys)
     schemes = {site.name: scheme for site, (scheme, _) in layers.items()}
     plan = QuantPlan(stored.scheme, tuple(layers), schemes, kept, parts.blocks)
     packing = loaded_packing(layers.values(), stored.scheme)
@@ -110,28 +108,20 @@ def _is_packed(site: WeightSite, scheme: Scheme, layout: Layout, keys: Mapping[s
     return any(f"{site.name}.{leaf}" in keys for leaf in layout.empty(scheme.weight, site.shape) if leaf != "weight")
 
 
-def _with_stored_dtype(layout_of: LayoutOf, files: list[str]) -> LayoutOf:
-    """Return the layouts with the dtype that the files' scales have, where they may have several."""
-
-    @cache
-    def of(spec: TensorSpec) -> Layout:
-        layout = layout_of(spec)
-        if not isinstance(layout, MLX):
-            return layout
-        return next((MLX(scales.dtype) for _, scales in read_tensors(files, ".scales")), layout)
-
-    return of
-
-
-def _refuse_others(layers: Mapping[WeightSite, tuple[Scheme, Layout]], keys: Mapping[str, str]) -> None:
-    """Raise UnsupportedLayer if an MLX checkpoint holds anything else packed: its codes are called as floats are."""
-    mlx = any(isinstance(layout, MLX) for _, layout in layers.values())
-    packed = {name.removesuffix(".scales") for name in keys if mlx and name.endswith(".scales")}
-    for name in sorted(packed - {site.name for site in layers}):
-        raise UnsupportedLayer(
-            f"{name} is quantized in this MLX checkpoint, and packed layers stand for linear ones of the decoder only; "
-            "convert the model without quantizing its embeddings, or quantize the float model anew"
-        )
+def _refuse_others(model: PreTrainedModel, layers: Mapping[WeightSite, tuple[Scheme, Layout]], keys: Mapping[str, str]) -> None:
+    """Raise UnsupportedLayer if anything else is packed and its codes are called as floats are: they would be loaded so."""
+    marks: dict[str, str] = {}  # what a packed layer has besides a weight -> the layout
+    for site, (scheme, layout) in layers.items():
+        assert scheme.weight is not None
+        tensors = layout.empty(scheme.weight, site.shape)
+        marks |= {leaf: layout.name for leaf in tensors if "weight" in tensors and leaf != "weight"}
+    others = {name for name, _ in model.named_parameters()} - {f"{site.name}.weight" for site in layers}
+    for name in sorted(name.removesuffix(".weight") for name in others):
+        if found := [layout for leaf, layout in marks.items() if f"{name}.{leaf}" in keys]:
+            raise UnsupportedLayer(
+                f"{name} is quantized in this {found[0]} checkpoint, and packed layers stand for linear ones of the decoder "
+                "only; convert the model without quantizing its embeddings, or quantize the float model anew"
+            )
 
 
 def _indexed(layout: Layout) -> Layout:

@@ -1,17 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantized tensors to named byte tensors and back: bit order, and nothing else.
 
-To add a layout: write `layouts/<name>.py` with `name`, `data_types`, `refuse`, `empty`, `pack` and `unpack`, and add it to
-LAYOUTS. The law tests take it from there.
+To add a layout: write `layouts/<name>.py` with a subclass of `layouts.base.Layout` (`name`, `data_types`, `refuse`, `empty`,
+`pack`, `unpack`), and add it to LAYOUTS. The law tests take it from there.
 """
 
-from collections.abc import Mapping
-from typing import Protocol
-
-import torch
-from torch import Tensor
-
 from hf_autoround.layouts.awq import AWQ
+from hf_autoround.layouts.base import IntegerLayout, Layout
 from hf_autoround.layouts.float8 import Float8Stored
 from hf_autoround.layouts.gptq import GPTQ
 from hf_autoround.layouts.gptq_indexed import IndexedGPTQ
@@ -20,32 +15,6 @@ from hf_autoround.layouts.microscaled import Microscaled
 from hf_autoround.layouts.mlx import MLX
 from hf_autoround.layouts.nvfp4 import NVFP4Packed
 from hf_autoround.layouts.pack_quantized import PackQuantized
-from hf_autoround.numerics import QuantizedTensor
-from hf_autoround.scheme import TensorSpec
-
-
-class Layout(Protocol):
-    """Where the bits of one layer's numbers lie; knows no files, devices or modules."""
-
-    name: str
-    data_types: tuple[str, ...]
-
-    def refuse(self, spec: TensorSpec, shape: tuple[int, int]) -> str | None: ...
-    def empty(self, spec: TensorSpec, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]: ...
-    def pack(self, tensor: QuantizedTensor, spec: TensorSpec, columns: int) -> dict[str, Tensor]: ...
-    def unpack(self, tensors: Mapping[str, Tensor], spec: TensorSpec, shape: tuple[int, int]) -> QuantizedTensor: ...
-
-
-class IntegerLayout(Layout, Protocol):
-    """A layout of unsigned codes "qweight", zero points "qzeros" and "scales" (G, O) float16, each readable by itself.
-
-    Backends that keep codes in an order of their own read them by these, and give them back.
-    """
-
-    def pack_codes(self, codes: Tensor, spec: TensorSpec) -> Tensor: ...
-    def unpack_codes(self, words: Tensor, spec: TensorSpec, shape: tuple[int, int]) -> Tensor: ...
-    def unpack_zeros(self, words: Tensor, spec: TensorSpec, out: int) -> Tensor: ...
-
 
 GPTQ_V1 = GPTQ("gptq", zero_offset=1)
 GPTQ_V2 = GPTQ("gptq_v2", zero_offset=0)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_autoround.layouts.base import IntegerLayout
 from hf_autoround.layouts.bits import pack_bits, unpack_bits
 from hf_autoround.layouts.codes import from_unsigned, to_unsigned
 from hf_autoround.numerics import QuantizedTensor
@@ -25,7 +26,7 @@ _INVERSE = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
 @dataclass(frozen=True)
-class AWQ:
+class AWQ(IntegerLayout):
     """The layout; it has no options."""
 
     name: str = "awq"

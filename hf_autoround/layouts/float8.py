@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_autoround.layouts.base import Layout
 from hf_autoround.numerics import QuantizedTensor
 from hf_autoround.numerics.grouping import group_columns, group_count, ungroup
 from hf_autoround.scheme import PerBlock, PerChannel, PerTensor, TensorSpec
 
 
 @dataclass(frozen=True)
-class Float8Stored:
+class Float8Stored(Layout):
     """`block_scale` is what the scales of blocks are called (they multiply, whatever the name says); scales of rows are
     (O, 1) if `upright`, else (O,)."""
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_autoround.layouts.base import IntegerLayout
 from hf_autoround.layouts.bits import pack_bits, unpack_bits, word_count
 from hf_autoround.layouts.codes import from_unsigned, to_unsigned
 from hf_autoround.numerics import QuantizedTensor
@@ -23,7 +24,7 @@ from hf_autoround.scheme import TensorSpec
 
 
 @dataclass(frozen=True)
-class GPTQ:
+class GPTQ(IntegerLayout):
     """`zero_offset` is what is subtracted from a zero point before it is stored: 1 in version 1, 0 in version 2."""
 
     name: str

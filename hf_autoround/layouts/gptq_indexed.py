@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hf_autoround.layouts.base import Layout
 from hf_autoround.layouts.bits import unpack_bits
 from hf_autoround.layouts.codes import from_unsigned
 from hf_autoround.layouts.gptq import GPTQ
@@ -24,7 +25,7 @@ from hf_autoround.scheme import Granularity, PerGroup, TensorSpec
 
 
 @dataclass(frozen=True)
-class IndexedGPTQ:
+class IndexedGPTQ(Layout):
     """The tensors of `plain`, and `g_idx`."""
 
     plain: GPTQ

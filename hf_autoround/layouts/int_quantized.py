@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_autoround.layouts.base import Layout
 from hf_autoround.numerics import QuantizedTensor
 from hf_autoround.numerics.grouping import group, ungroup
 from hf_autoround.scheme import PerChannel, TensorSpec
 
 
 @dataclass(frozen=True)
-class IntQuantized:
+class IntQuantized(Layout):
     """The layout; it has no options."""
 
     name: str = "int_quantized"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_autoround.layouts.base import Layout
 from hf_autoround.layouts.bits import pack_nibbles, unpack_nibbles
 from hf_autoround.numerics import QuantizedTensor
 from hf_autoround.numerics.grouping import group, group_count, ungroup
@@ -26,7 +27,7 @@ _BIAS = 127
 
 
 @dataclass(frozen=True)
-class Microscaled:
+class Microscaled(Layout):
     """The layout; it has no options."""
 
     name: str = "microscaled"

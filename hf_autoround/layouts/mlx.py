@@ -12,11 +12,12 @@ Shapes: O out features, I in features, G groups, b bits.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from hf_autoround.layouts.base import Layout
 from hf_autoround.layouts.bits import pack_bits, unpack_bits, word_count
 from hf_autoround.numerics import QuantizedTensor, dequantize
 from hf_autoround.numerics.grouping import group, group_count, ungroup
@@ -27,7 +28,7 @@ _SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True)
-class MLX:
+class MLX(Layout):
     """`scale_dtype` is that of scales and biases: what multiplies activations of another one makes float32 of both."""
 
     scale_dtype: torch.dtype = torch.float16
@@ -78,6 +79,10 @@ class MLX:
         elements = (codes.to(torch.int16) + lowest).to(torch.int8 if spec.symmetric else torch.uint8)
         minimum = scales.float() * lowest - tensors["biases"].unsqueeze(-1).float()
         return QuantizedTensor(group(elements, spec.granularity), scales, None, minimum)
+
+    def as_stored(self, dtypes: Mapping[str, torch.dtype]) -> MLX:
+        """Return the layout with the dtype that a file's scales have."""
+        return replace(self, scale_dtype=dtypes.get("scales", self.scale_dtype))
 
 
 def _lowest(spec: TensorSpec) -> int:

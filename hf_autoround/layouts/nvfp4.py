@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_autoround.layouts.base import Layout
 from hf_autoround.layouts.bits import pack_nibbles, unpack_nibbles
 from hf_autoround.layouts.microscaled import E2M1
 from hf_autoround.numerics import QuantizedTensor
@@ -20,7 +21,7 @@ from hf_autoround.scheme import TensorSpec
 
 
 @dataclass(frozen=True)
-class NVFP4Packed:
+class NVFP4Packed(Layout):
     """The layout; it has no options."""
 
     name: str = "nvfp4"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_autoround.layouts.base import Layout
 from hf_autoround.layouts.bits import pack_bits, unpack_bits, word_count
 from hf_autoround.layouts.codes import from_unsigned, to_unsigned
 from hf_autoround.numerics import QuantizedTensor
@@ -23,7 +24,7 @@ from hf_autoround.scheme import TensorSpec
 
 
 @dataclass(frozen=True)
-class PackQuantized:
+class PackQuantized(Layout):
     """The layout; it has no options."""
 
     name: str = "pack_quantized"

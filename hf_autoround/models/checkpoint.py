@@ -142,6 +142,17 @@ def stored_names(files: Iterable[str | Path]) -> set[str]:
     return {name for file in files if str(file).endswith(".safetensors") for name in _read_header(Path(file))}
 
 
+def stored_dtypes(files: Iterable[str | Path]) -> dict[str, torch.dtype]:
+    """Return the last part of the tensors' names in some safetensors files -> their dtype (that of the last, if they differ)."""
+    headers = [_read_header(Path(file)) for file in files if str(file).endswith(".safetensors")]
+    return {
+        name.rpartition(".")[2]: DTYPES[entry["dtype"]]
+        for header in headers
+        for name, entry in header.items()
+        if entry["dtype"] in DTYPES
+    }
+
+
 def read_tensors(files: Iterable[str | Path], suffix: str) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) of every tensor in some safetensors files whose name ends so; small ones, for looking."""
     for file in files:

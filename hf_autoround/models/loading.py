@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -20,6 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    ConversionOps,
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
@@ -141,10 +143,36 @@ def names_in_memory(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, st
         if pattern is not None:  # an expert's name is in no state dict: give it the prefix that its merged name got
             if merged.startswith(f"{prefix}.") and not plain.startswith(f"{prefix}."):
                 plain = f"{prefix}.{plain}"
-            elif plain.startswith(f"{prefix}.") and not merged.startswith(f"{prefix}."):
-                plain = plain.removeprefix(f"{prefix}.")
         names[key] = plain
+    if any(key == f"{prefix}.{name}" for key, name in names.items()):  # the base model alone: the same for experts, packed ones
+        names = {key: name.removeprefix(f"{prefix}.") for key, name in names.items()}
     return names
+
+
+class LeaveAlone(WeightConverter):
+    """Stands before a model's own converters and keeps them from tensors that they would merge: those of packed experts,
+    where a layout calls its codes `weight`.
+
+    `names` are names in memory. It never counts as used, so that saving knows nothing of it.
+    """
+
+    def __init__(self, names: frozenset[str], base_model_prefix: str) -> None:
+        super().__init__("left alone", "left alone", [_AsItIs()])
+        self.names, self.prefix = names, f"{base_model_prefix}."
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """Return the key as it is, and whether it is one of these: the checkpoint of a base model has no prefix."""
+        known = {source_key, source_key.removeprefix(self.prefix), self.prefix + source_key} & self.names
+        return source_key, self.source_patterns[0] if known else None
+
+    def __deepcopy__(self, memo: dict) -> LeaveAlone:
+        return LeaveAlone(self.names, self.prefix.removesuffix("."))  # one for each tensor: the names need no copies
+
+
+class _AsItIs(ConversionOps):
+    def convert(self, input_dict: dict, *args: Any, full_layer_name: str = "", **kwargs: Any) -> dict:
+        (tensor,) = input_dict.values()
+        return {full_layer_name: tensor}
 
 
 @contextmanager

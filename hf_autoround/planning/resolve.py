@@ -48,6 +48,7 @@ def resolve_plan(
         if not found:
             raise UnknownName(_no_match(key, names))
     kept = dict.fromkeys(keep_float, "it decides where tokens go")
+    instead = ""
     schemes: dict[str, Scheme] = {}
     for site in sites:
         chosen, named = _choose(site, scheme, config, matched, head)
@@ -65,11 +66,12 @@ def resolve_plan(
             if named:
                 raise UnsupportedScheme("; ".join(f"{name} cannot store {site.name}: {why}" for name, why in reasons.items()))
             kept[site.name] = "; ".join(f"{name} cannot store it: {why}" for name, why in reasons.items())
+            instead = "; hf-autoround list formats shows what stores what"
         else:
             schemes[site.name] = chosen
     quantized = tuple(site for site in sites if site.name in schemes)
     if not quantized:
-        raise UnsupportedLayer("no layer is left to quantize: " + _summary(kept))
+        raise UnsupportedLayer(f"no layer is left to quantize: {_summary(kept)}{instead}")
     _refuse_split_parameters(sites, schemes)
     return QuantPlan(scheme, quantized, schemes, kept, blocks)
 

@@ -73,7 +73,9 @@ class RoundingArguments:
     format: str = _help("Formats to write, comma-separated: `hf-autoround list formats`.", default="auto_round")
 
     iters: int = _help("Tuning steps per block; 0 only searches scales (optimized round to nearest).", default=200)
-    disable_opt_rtn: bool = _help("With iters 0: plain round to nearest, which needs no data.", default=False)
+    disable_opt_rtn: bool = _help(
+        "With iters 0: plain round to nearest, which needs no data (NVFP4 and FP8_STATIC do).", default=False
+    )
     lr: float | None = _help("Rate of the rounding, default 1 / iters.", default=None)
     minmax_lr: float | None = _help("Rate of the scales, default the rounding's, less at more bits.", default=None)
     momentum: float = _help("Momentum of the sign step.", default=0.0)

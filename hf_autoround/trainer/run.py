@@ -120,7 +120,12 @@ def prepare(
     data = None
     if needs_data:
         dataset = args.dataset if train_dataset is None else train_dataset
-        data = calibration_data(lazy.model, args, dataset, processing_class)
+        try:
+            data = calibration_data(lazy.model, args, dataset, processing_class)
+        except CalibrationError as error:
+            if args.needs_data:
+                raise
+            raise CalibrationError(f"{scheme.name} has to see data even to round to nearest: {error}") from error
         if data.sampled is not None:
             reason = refuse_sampling(lazy, data.sampled.seqlen, placement)
             if reason:

@@ -3,11 +3,12 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import tokens
 from transformers import AutoModelForCausalLM
 
 from hf_autoround import AutoRound, AutoRoundConfig
-from hf_autoround.errors import UnsupportedLayer, UnsupportedScheme
+from hf_autoround.errors import CalibrationError, UnsupportedLayer, UnsupportedScheme
 from hf_autoround.formats import FORMATS
 from hf_autoround.layers.packed_linear import PackedLinear
 from hf_autoround.layers.sites import WeightSite
@@ -28,6 +29,17 @@ def test_transformers_reads_the_same_weights(tiny_model, tmp_path):
     assert torch.isfinite(theirs(tokens()[:1]).logits).all()
 
 
+def test_what_would_be_read_as_floats_is_refused_by_name(tiny_model, tmp_path):
+    AutoRound(str(tiny_model("llama_wide")), scheme="FP8_BLOCK", recipe="rtn", disable_tqdm=True).quantize_and_save(
+        tmp_path / "out", "fp8"
+    )
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tensors["model.embed_tokens.weight_scale_inv"] = torch.ones(1, 1)
+    save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedLayer, match=r"model\.embed_tokens is quantized in this float8 checkpoint"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=AutoRoundConfig())
+
+
 @pytest.mark.parametrize(
     ("shape", "taken"), [((128, 256), True), ((64, 96), True), ((192, 256), False), ((256, 320), False), ((96, 384), True)]
 )
@@ -44,7 +56,7 @@ def test_what_is_larger_than_a_block_is_whole_blocks(shape, taken):
         ({"scheme": "FP8_STATIC", "format": "fp8"}, "it stores FP8_BLOCK, not FP8_STATIC"),
         ({"scheme": "MXINT4", "format": "llm_compressor"}, "compressed-tensors has no mx_int"),
         ({"scheme": "MXFP4_RCEIL", "format": "llm_compressor"}, "does not round inputs as mx_fp_rceil does"),
-        ({"scheme": "INT8", "format": "auto_gptq"}, "it stores weights alone"),
+        ({"scheme": "INT8", "format": "auto_gptq"}, "it stores weights alone.*hf-autoround list formats shows what stores what"),
         ({"scheme": "W4A16G32", "format": "llm_compressor", "quant_lm_head": True}, "its readers keep lm_head in 16 bits"),
         ({"scheme": "MXFP4", "sym": False}, r"is not possible: mx_fp has no zero points"),
         ({"scheme": "MXFP4", "group_size": 64}, "mx_fp has groups of 32, not group_size=64"),
@@ -61,6 +73,12 @@ def test_what_cannot_be_is_refused_with_a_sentence(arguments, says, tiny_model, 
     with pytest.raises((UnsupportedScheme, UnsupportedLayer), match=says):
         rounding.quantize_and_save(tmp_path / "out", target)
     assert not (tmp_path / "out").exists()
+
+
+def test_why_rounding_to_nearest_needs_data_is_said(tiny_model, tmp_path):
+    rounding = AutoRound(str(tiny_model("llama")), scheme="NVFP4", recipe="rtn", dataset="nowhere.txt", disable_tqdm=True)
+    with pytest.raises(CalibrationError, match=r"NVFP4 has to see data even to round to nearest: .*nowhere\.txt"):
+        rounding.quantize_and_save(tmp_path / "out")
 
 
 def test_layers_of_the_wrong_shape_stay_in_16_bits_unless_they_are_named(tiny_model, tmp_path):

@@ -112,7 +112,7 @@ def test_quantized_embeddings_are_refused_by_name(tiny_model, tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors |= {f"model.embed_tokens.{leaf}": tensor.clone() for leaf, tensor in of_layer(tensors, Q).items()}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UnsupportedLayer, match=r"model\.embed_tokens is quantized in this MLX checkpoint"):
+    with pytest.raises(UnsupportedLayer, match=r"model\.embed_tokens is quantized in this mlx checkpoint"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
@@ -141,6 +141,15 @@ def test_conv1d_and_experts_are_not_for_mlx_lm(tiny_model, tmp_path):
     assert "model.layers.1.mlp.experts.0.gate_proj" in kept and "model.layers.0.mlp.gate_proj" not in kept
     whole = WeightSite("layer", "layer.weight", (64, 96))
     assert "whole groups of 64 inputs, and 96 inputs" in MLXFormat().refuse(whole, integer_scheme(4, 64))
+
+
+def test_experts_are_quantized_for_our_own_loader(tiny_model, tmp_path):
+    write(tiny_model("qwen3_moe"), tmp_path, "auto_round:mlx,fake", scheme="W4A16G32")
+    packed, fake = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("auto_round:mlx", "fake"))
+    experts = [name for name, layer in packed.named_modules() if isinstance(layer, PackedLinear) and ".experts." in name]
+    assert len(experts) == 2 * 4 * 3
+    rows = tokens()[:2]
+    assert torch.equal(packed(rows).logits, fake(rows).logits)
 
 
 def test_its_configuration_is_read_as_mlx_lm_means_it():

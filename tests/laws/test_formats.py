@@ -8,12 +8,14 @@ import torch
 from inputs import logits_on_quantized_inputs
 from safetensors.torch import load_file
 from tiny import CONFIGS, tokens
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from hf_autoround import AutoRound, AutoRoundConfig
+from hf_autoround.cli.list_registries import formats
 from hf_autoround.errors import UnsupportedScheme
 from hf_autoround.formats import FORMATS
 from hf_autoround.formats.auto_round import read_auto_round_config
+from hf_autoround.layers.packed_linear import PackedLinear
 from hf_autoround.layers.sites import WeightSite
 from hf_autoround.numerics import refuse_scheme
 from hf_autoround.scheme import PRESETS, integer_scheme, resolve_scheme
@@ -55,12 +57,24 @@ def test_written_and_read_back_it_computes_what_was_quantized(target, scheme, sy
     folders = [tmp_path / "out" / target.name, tmp_path / "out" / "fake"] if target.name != "fake" else [tmp_path / "out"] * 2
     rows = tokens()[:2]
     packed, fake = (load(folder) for folder in folders)
+    assert target.name == "fake" or sum(isinstance(module, PackedLinear) for module in packed.modules()) == 21
     logits = packed(rows).logits
     assert torch.equal(logits, logits_on_quantized_inputs(fake, packed, rows))
     exact = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(rows).logits
     error = ((logits - exact).norm() / exact.norm()).item()
     both = 1.5 if scheme.activation is not None and scheme.weight.bits == 4 else 1.0  # inputs of 4 bits as well
     assert 0 < error < both * {2: 1.5, 3: 0.8, 4: 0.4}.get(scheme.weight.bits, 0.2)
+
+
+def test_every_cell_that_is_printed_is_tested_above():
+    lines = [line.split() for line in formats().split("\n\n")[1].splitlines()]
+    printed = {(target, name, cell) for name, *cells in lines[1:] for target, cell in zip(lines[0][1:], cells, strict=True)}
+    symmetric, asymmetric = (
+        {(target.name, scheme.name) for target, scheme, kind in CELLS if kind is sym} for sym in (True, False)
+    )
+    assert symmetric == {(target, name) for target, name, cell in printed if cell != "-"}
+    assert not asymmetric & {(target, name) for target, name, cell in printed if cell != "yes"}
+    assert {name for _, name, _ in printed} == {scheme.name for scheme in PRESETS if scheme.weight is not None}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -84,6 +98,37 @@ def test_every_architecture_is_written_loaded_saved_and_loaded_again(name, tiny_
     first, second = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     torch.testing.assert_close(loaded.dequantize()(rows).logits, logits, rtol=0, atol=1e-5)  # experts may run batched then
+
+
+@pytest.mark.parametrize(
+    ("scheme", "target"), [("INT8", "llm_compressor"), ("MXFP8", "auto_round"), ("W4A16G32", "auto_round:mlx")]
+)
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+def test_packed_experts_are_not_merged_where_their_codes_are_called_weight(name, scheme, target, tiny_model, tmp_path):
+    AutoRound(str(tiny_model(name)), scheme=scheme, recipe="rtn", disable_tqdm=True).quantize_and_save(
+        tmp_path / "out", f"{target},fake"
+    )
+    rows, folder = tokens()[:2], tmp_path / "out" / target
+    packed, report = load(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    fake = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "fake", dtype=torch.float32, experts_implementation="eager")
+    logits = packed(rows).logits
+    assert torch.equal(logits, logits_on_quantized_inputs(fake, packed, rows))
+    packed.save_pretrained(tmp_path / "again")
+    assert torch.equal(load(tmp_path / "again")(rows).logits, logits)
+
+
+@pytest.mark.parametrize(("scheme", "target"), [("W4A16G32", "auto_round"), ("INT8", "llm_compressor")])
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "mixtral"])
+def test_the_base_model_alone_is_loaded_packed(name, scheme, target, tiny_model, tmp_path):
+    folder = quantize(tiny_model(name), tmp_path / "out", scheme=scheme, format=target)
+    whole = load(folder)
+    base, report = AutoModel.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=AutoRoundConfig(), output_loading_info=True
+    )
+    assert not report["missing_keys"] and report["unexpected_keys"] == {"lm_head.weight"}
+    rows = tokens()[:2]
+    assert torch.equal(whole.lm_head(base(rows).last_hidden_state), whole(rows).logits)
 
 
 def test_several_formats_share_one_run_and_equal_single_ones(tiny_model, tmp_path):
