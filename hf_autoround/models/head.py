@@ -31,9 +31,9 @@ class Head:
     model: PreTrainedModel
     blocks: Sequence[nn.Module]
     device: torch.device
-    weights: Mapping[str, Tensor]
     autocast: torch.dtype | None = None
     returns_tuple: bool = False
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
     _returned: type = field(default=BaseModelOutputWithPast, init=False)
 
     def finished(self, hidden: Tensor, tokens: Tensor) -> Tensor:

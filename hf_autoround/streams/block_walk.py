@@ -273,7 +273,7 @@ class BlockWalk:
             for parameter, tensor in model.named_parameters(remove_duplicate=False)
             if name is not None and parameter.startswith(f"{name}.")
         }
-        return Head(model, self.blocks, self.device, weights, self.autocast, self.returns_tuple)
+        return Head(model, self.blocks, self.device, self.autocast, self.returns_tuple, weights)
 
     def load_outside(self) -> list[nn.Module]:
         """Load what lies outside of the blocks and the head."""
