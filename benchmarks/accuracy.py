@@ -11,7 +11,6 @@ Both tools get the same rows of tokens. The judge loads every checkpoint in floa
 import argparse
 import ast
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -72,36 +71,52 @@ class Judge:
     """Scores checkpoints against the float model."""
 
     def __init__(self, model: str, test, held_out) -> None:
-        from transformers import AutoModelForCausalLM
+        import torch
 
         import hf_autoround  # noqa: F401
 
-        self.load = lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
         self.test, self.held_out = test, held_out
-        self.float_model = self.load(model)
+        float_model = self.load(model)
+        with torch.inference_mode():
+            self.float_predictions = [self.predictions(float_model, rows) for rows in held_out.split(8)]
+
+    def load(self, folder: Path | str):
+        """Return a checkpoint in float32, its weights unpacked; inputs are quantized as its schemes say."""
+        from torch.nn import functional as F
+        from transformers import AutoModelForCausalLM
+
+        from hf_autoround.layers.packed_linear import PackedLinear
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+        for layer in model.modules():
+            if isinstance(layer, PackedLinear):
+                weight = layer.dequantized()
+                layer.kernel = lambda layer, inputs, weight=weight: F.linear(inputs, weight, layer.bias)
+        return model
+
+    @staticmethod
+    def predictions(model, rows):
+        """Return the log-probabilities of what follows each token but the last: (N, T - 1, vocabulary)."""
+        return model(rows, use_cache=False).logits[:, :-1].float().log_softmax(-1)
 
     def scores(self, folder: Path) -> tuple[float, float, float, float]:
         """Return perplexity on the test rows and mean KL(float || quantized) per token of the held-out ones, then both over
         positions from 32 on alone."""
         import torch
-        from torch.nn import functional as F
-
-        from hf_autoround.evaluation import perplexity
 
         model = self.load(folder)
-        if getattr(model, "hf_quantizer", None) is not None:
-            model = model.dequantize()
-        divergences, losses = [], []
         with torch.inference_mode():
-            for batch in self.held_out.split(8):
-                p, q = (F.log_softmax(m(batch, use_cache=False).logits[:, :-1].float(), -1) for m in (self.float_model, model))
-                divergences.append((p.exp() * (p - q)).sum(-1))
-            for batch in self.test.split(8):
-                logits = model(batch, use_cache=False).logits[:, LATE - 1 : -1].float()
-                losses.append(F.cross_entropy(logits.flatten(0, 1), batch[:, LATE:].flatten()).item() * len(batch))
-        kl = torch.cat(divergences)
-        late = math.exp(sum(losses) / len(self.test))
-        return perplexity(model, self.test), kl.mean().item(), late, kl[:, LATE:].mean().item()
+            losses = torch.cat(
+                [-self.predictions(model, rows).gather(-1, rows[:, 1:, None]).squeeze(-1) for rows in self.test.split(8)]
+            )
+            kl = torch.cat(
+                [
+                    (p.exp() * (p - self.predictions(model, rows))).sum(-1)
+                    for p, rows in zip(self.float_predictions, self.held_out.split(8), strict=True)
+                ]
+            )
+        parts = losses.mean().exp(), kl.mean(), losses[:, LATE - 1 :].mean().exp(), kl[:, LATE:].mean()
+        return tuple(part.item() for part in parts)
 
 
 def run(python: str, tool: str, job: dict) -> list[float]:
