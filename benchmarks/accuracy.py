@@ -3,7 +3,8 @@
 
     python benchmarks/accuracy.py --model MODEL --calibration TEXT --test TEXT --schemes W2A16G32 W4A16 --peer PEER_PYTHON
 
-Each run is a process of its own with --threads threads; its time is that of quantizing and writing, without the imports.
+Each tool is imported once, and every run is a fork of that process, with --threads threads: its time is that of quantizing and
+writing.
 Both tools get the same rows of tokens. The judge loads every checkpoint in float32 through this package: perplexity on
 --test, and KL divergence to the float model on rows 128 to 159 of the calibration text, which nobody tunes on.
 """
@@ -22,18 +23,23 @@ LATE = 32  # positions from here on are judged apart: some models are over-confi
 RUN = """
 import json, os, resource, sys, time
 os.environ["HF_HUB_OFFLINE"] = "1"  # or one of the tools waits for a network that is not needed
-job = json.loads(sys.argv[1])
 import torch
-torch.set_num_threads(job["threads"])
 import transformers.modeling_utils
 {tool}
 def cpu():
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-start, before = time.perf_counter(), cpu()
-quantize(job, torch.load(job["tokens"]))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-print("RESULT", json.dumps([time.perf_counter() - start, cpu() - before, peak]))
+for line in sys.stdin:
+    if not os.fork():
+        job = json.loads(line)
+        torch.set_num_threads(job["threads"])
+        start, before = time.perf_counter(), cpu()
+        quantize(job, torch.load(job["tokens"]))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        print("RESULT", json.dumps([time.perf_counter() - start, cpu() - before, peak]), flush=True)
+        break
+    if os.wait()[1]:
+        break
 """
 OURS = """
 from hf_autoround import AutoRound
@@ -119,13 +125,24 @@ class Judge:
         return tuple(part.item() for part in parts)
 
 
-def run(python: str, tool: str, job: dict) -> list[float]:
-    """Run one tool in a process of its own; return wall seconds, CPU seconds and peak memory in MB."""
-    done = subprocess.run([python, "-c", RUN.format(tool=tool), json.dumps(job)], capture_output=True, text=True, check=False)
-    for line in done.stdout.splitlines():
-        if line.startswith("RESULT"):
-            return json.loads(line.removeprefix("RESULT"))
-    raise SystemExit(f"{job} failed:\n{done.stderr[-3000:]}")
+class Tool:
+    """One of the tools, in a process that has imported it."""
+
+    def __init__(self, name: str, python: str, code: str) -> None:
+        self.name, pipe = name, subprocess.PIPE
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (read after a failure, closed with the process)
+        command = [python, "-c", RUN.format(tool=code)]
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.log, text=True)
+
+    def run(self, job: dict) -> list[float]:
+        """Return wall seconds, CPU seconds and peak memory in MB of one run."""
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("RESULT"):
+                return json.loads(line.removeprefix("RESULT"))
+        self.log.seek(0)
+        raise SystemExit(f"{job} failed:\n{self.log.read()[-3000:]}")
 
 
 def main() -> None:
@@ -163,20 +180,20 @@ def main() -> None:
         f"{'wall s':>8} {'CPU s':>8} {'peak MB':>8}",
         flush=True,
     )
-    tools = [("hf_autoround", sys.executable, OURS)] + ([("auto-round", args.peer, PEER)] if args.peer else [])
+    tools = [Tool("hf_autoround", sys.executable, OURS)] + ([Tool("auto-round", args.peer, PEER)] if args.peer else [])
     with tempfile.TemporaryDirectory() as work:
         torch.save(calibration[: args.nsamples].clone(), f"{work}/tokens.pt")
         for scheme in args.schemes:
             for recipe in args.recipes:
-                results: dict[str, list] = {name: [] for name, _, _ in tools}
+                results: dict[str, list] = {tool.name: [] for tool in tools}
                 for seed in args.seeds if "rtn" not in recipe else args.seeds[:1]:
-                    for name, python, tool in tools:
-                        out = Path(work) / f"{name}-{scheme}-{recipe}-{seed}"
+                    for tool in tools:
+                        out = Path(work) / f"{tool.name}-{scheme}-{recipe}-{seed}"
                         job = {"model": args.model, "scheme": scheme, "recipe": recipe, "seed": seed, "threads": args.threads,
                                "tokens": f"{work}/tokens.pt", "out": str(out), "extra": extra}  # fmt: skip
-                        usage = run(python, tool, job)
+                        usage = tool.run(job)
                         folder = next(path.parent for path in sorted(out.rglob("config.json")))
-                        results[name].append((*judge.scores(folder), *usage))
+                        results[tool.name].append((*judge.scores(folder), *usage))
                 for name, values in results.items():
                     mean = [statistics.mean(column) for column in zip(*values, strict=True)]
                     each = "/".join(f"{value[0]:.2f}" for value in values)

@@ -6,7 +6,7 @@
 Rounds a random Llama (hidden 1024, feed-forward 2048, float32; 16 layers are 700 MB) to nearest in each format, and adds up what
 is spent in the sink that packs layers and writes them to files, flushed to the disk. Beside it `shutil.copy` of the source's
 weight files, and of those that were written, flushed too. What is read lies in the page cache. The least of all rounds, wall and
-CPU seconds, one thread. Then a short tuned run (4 steps for each block): which part of it is the journal, packing and writing.
+CPU seconds, one thread. Then a tuned run of few steps for each block: which part of it is the journal, packing and writing.
 """
 
 import argparse
@@ -92,6 +92,7 @@ def main() -> None:
     flags.add_argument("--layers", type=int, default=16)
     flags.add_argument("--formats", nargs="+", default=["auto_round", "auto_gptq", "auto_awq", "llm_compressor", "mlx"])
     flags.add_argument("--rounds", type=int, default=3)
+    flags.add_argument("--steps", type=int, default=4, help="of the tuned run; 0 for none")
     flags.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "autoround-write")
     args = flags.parse_args()
 
@@ -118,10 +119,14 @@ def main() -> None:
             cells += [copied, (cells[0][0] / copied[0], cells[0][1] / copied[1])]
         cells.append(least(other))
         print(f"{name:<15} " + " ".join(f"{f'{wall:.2f} {cpu:.2f}':>14}" for wall, cpu in cells), flush=True)
+    if not args.steps:
+        return
     data = torch.randint(0, 4000, (16, 256), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory(dir=args.work) as out:
-        whole, part = quantizing(model, Path(out) / "out", iters=4, dataset=data, nsamples=16, seqlen=256)
-    print(f"tuned, 4 steps of 8 x 256 tokens: {part[0]:.1f} of {whole[0]:.1f} s, CPU {part[1]:.1f} of {whole[1]:.1f} s")
+        whole, part = quantizing(model, Path(out) / "out", iters=args.steps, dataset=data, nsamples=16, seqlen=256)
+    print(
+        f"tuned, {args.steps} steps of 8 x 256 tokens: {part[0]:.1f} of {whole[0]:.1f} s, CPU {part[1]:.1f} of {whole[1]:.1f} s"
+    )
 
 
 if __name__ == "__main__":
