@@ -48,7 +48,8 @@ recipes = {"opt_rtn": "opt-rtn", "e2e": "e2e", "e2e_light": "e2e-light", "e2e_be
 def quantize(job, tokens):
     recipe = recipes.get(job["recipe"], job["recipe"])
     AutoRound(job["model"], scheme=job["scheme"], recipe=recipe, dataset=tokens, seqlen=tokens.shape[1],
-              nsamples=len(tokens), seed=job["seed"], disable_tqdm=True, **job["extra"]).quantize_and_save(job["out"])
+              nsamples=len(tokens), seed=job["seed"], disable_tqdm=True, **job["iters"], **job["extra"]
+              ).quantize_and_save(job["out"])
 """
 PEER = """
 from transformers import AutoTokenizer
@@ -59,7 +60,7 @@ recipes |= {"e2e": recipes["default"], "e2e_light": recipes["light"], "e2e_best"
 def quantize(job, tokens):
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     AutoRound(job["model"], tokenizer, scheme=job["scheme"], dataset=[row[None] for row in tokens], seqlen=tokens.shape[1],
-              nsamples=len(tokens), batch_size=8, seed=job["seed"], **recipes[job["recipe"]]
+              nsamples=len(tokens), batch_size=8, seed=job["seed"], **recipes[job["recipe"]] | job["iters"]
               ).quantize_and_save(job["out"], format="auto_round")
 """
 
@@ -155,6 +156,7 @@ def main() -> None:
     flags.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     flags.add_argument("--nsamples", type=int, default=128)
     flags.add_argument("--seqlen", type=int, default=256)
+    flags.add_argument("--iters", type=int, help="in place of the tuned recipes' own, for both tools")
     flags.add_argument("--windows", type=int, default=0, help="score the first N test rows only")
     flags.add_argument("--bos", action="store_true", help="BOS before each test row")
     flags.add_argument("--threads", type=int, default=1)
@@ -190,7 +192,8 @@ def main() -> None:
                     for tool in tools:
                         out = Path(work) / f"{tool.name}-{scheme}-{recipe}-{seed}"
                         job = {"model": args.model, "scheme": scheme, "recipe": recipe, "seed": seed, "threads": args.threads,
-                               "tokens": f"{work}/tokens.pt", "out": str(out), "extra": extra}  # fmt: skip
+                               "tokens": f"{work}/tokens.pt", "out": str(out), "extra": extra,
+                               "iters": {"iters": args.iters} if args.iters and "rtn" not in recipe else {}}  # fmt: skip
                         usage = tool.run(job)
                         folder = next(path.parent for path in sorted(out.rglob("config.json")))
                         results[tool.name].append((*judge.scores(folder), *usage))
