@@ -3,7 +3,8 @@
 
     python benchmarks/accuracy.py --model MODEL --calibration TEXT --test TEXT --schemes W2A16G32 W4A16 --peer PEER_PYTHON
 
-Each run is a process of its own with --threads threads; its time is that of quantizing and writing, without the imports.
+Each tool is imported once, and every run is a fork of that process, with --threads threads: its time is that of quantizing and
+writing.
 Both tools get the same rows of tokens. The judge loads every checkpoint in float32 through this package: perplexity on
 --test, and KL divergence to the float model on rows 128 to 159 of the calibration text, which nobody tunes on.
 """
@@ -11,7 +12,6 @@ Both tools get the same rows of tokens. The judge loads every checkpoint in floa
 import argparse
 import ast
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -23,18 +23,23 @@ LATE = 32  # positions from here on are judged apart: some models are over-confi
 RUN = """
 import json, os, resource, sys, time
 os.environ["HF_HUB_OFFLINE"] = "1"  # or one of the tools waits for a network that is not needed
-job = json.loads(sys.argv[1])
 import torch
-torch.set_num_threads(job["threads"])
 import transformers.modeling_utils
 {tool}
 def cpu():
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-start, before = time.perf_counter(), cpu()
-quantize(job, torch.load(job["tokens"]))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-print("RESULT", json.dumps([time.perf_counter() - start, cpu() - before, peak]))
+for line in sys.stdin:
+    if not os.fork():
+        job = json.loads(line)
+        torch.set_num_threads(job["threads"])
+        start, before = time.perf_counter(), cpu()
+        quantize(job, torch.load(job["tokens"]))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        print("RESULT", json.dumps([time.perf_counter() - start, cpu() - before, peak]), flush=True)
+        break
+    if os.wait()[1]:
+        break
 """
 OURS = """
 from hf_autoround import AutoRound
@@ -43,7 +48,8 @@ recipes = {"opt_rtn": "opt-rtn", "e2e": "e2e", "e2e_light": "e2e-light", "e2e_be
 def quantize(job, tokens):
     recipe = recipes.get(job["recipe"], job["recipe"])
     AutoRound(job["model"], scheme=job["scheme"], recipe=recipe, dataset=tokens, seqlen=tokens.shape[1],
-              nsamples=len(tokens), seed=job["seed"], disable_tqdm=True, **job["extra"]).quantize_and_save(job["out"])
+              nsamples=len(tokens), seed=job["seed"], disable_tqdm=True, **job["iters"], **job["extra"]
+              ).quantize_and_save(job["out"])
 """
 PEER = """
 from transformers import AutoTokenizer
@@ -54,7 +60,7 @@ recipes |= {"e2e": recipes["default"], "e2e_light": recipes["light"], "e2e_best"
 def quantize(job, tokens):
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     AutoRound(job["model"], tokenizer, scheme=job["scheme"], dataset=[row[None] for row in tokens], seqlen=tokens.shape[1],
-              nsamples=len(tokens), batch_size=8, seed=job["seed"], **recipes[job["recipe"]]
+              nsamples=len(tokens), batch_size=8, seed=job["seed"], **recipes[job["recipe"]] | job["iters"]
               ).quantize_and_save(job["out"], format="auto_round")
 """
 
@@ -72,45 +78,72 @@ class Judge:
     """Scores checkpoints against the float model."""
 
     def __init__(self, model: str, test, held_out) -> None:
-        from transformers import AutoModelForCausalLM
+        import torch
 
         import hf_autoround  # noqa: F401
 
-        self.load = lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
         self.test, self.held_out = test, held_out
-        self.float_model = self.load(model)
+        float_model = self.load(model)
+        with torch.inference_mode():
+            self.float_predictions = [self.predictions(float_model, rows) for rows in held_out.split(8)]
+
+    def load(self, folder: Path | str):
+        """Return a checkpoint in float32, its weights unpacked; inputs are quantized as its schemes say."""
+        from torch.nn import functional as F
+        from transformers import AutoModelForCausalLM
+
+        from hf_autoround.layers.packed_linear import PackedLinear
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+        for layer in model.modules():
+            if isinstance(layer, PackedLinear):
+                weight = layer.dequantized()
+                layer.kernel = lambda layer, inputs, weight=weight: F.linear(inputs, weight, layer.bias)
+        return model
+
+    @staticmethod
+    def predictions(model, rows):
+        """Return the log-probabilities of what follows each token but the last: (N, T - 1, vocabulary)."""
+        return model(rows, use_cache=False).logits[:, :-1].float().log_softmax(-1)
 
     def scores(self, folder: Path) -> tuple[float, float, float, float]:
         """Return perplexity on the test rows and mean KL(float || quantized) per token of the held-out ones, then both over
         positions from 32 on alone."""
         import torch
-        from torch.nn import functional as F
-
-        from hf_autoround.evaluation import perplexity
 
         model = self.load(folder)
-        if getattr(model, "hf_quantizer", None) is not None:
-            model = model.dequantize()
-        divergences, losses = [], []
         with torch.inference_mode():
-            for batch in self.held_out.split(8):
-                p, q = (F.log_softmax(m(batch, use_cache=False).logits[:, :-1].float(), -1) for m in (self.float_model, model))
-                divergences.append((p.exp() * (p - q)).sum(-1))
-            for batch in self.test.split(8):
-                logits = model(batch, use_cache=False).logits[:, LATE - 1 : -1].float()
-                losses.append(F.cross_entropy(logits.flatten(0, 1), batch[:, LATE:].flatten()).item() * len(batch))
-        kl = torch.cat(divergences)
-        late = math.exp(sum(losses) / len(self.test))
-        return perplexity(model, self.test), kl.mean().item(), late, kl[:, LATE:].mean().item()
+            losses = torch.cat(
+                [-self.predictions(model, rows).gather(-1, rows[:, 1:, None]).squeeze(-1) for rows in self.test.split(8)]
+            )
+            kl = torch.cat(
+                [
+                    (p.exp() * (p - self.predictions(model, rows))).sum(-1)
+                    for p, rows in zip(self.float_predictions, self.held_out.split(8), strict=True)
+                ]
+            )
+        parts = losses.mean().exp(), kl.mean(), losses[:, LATE - 1 :].mean().exp(), kl[:, LATE:].mean()
+        return tuple(part.item() for part in parts)
 
 
-def run(python: str, tool: str, job: dict) -> list[float]:
-    """Run one tool in a process of its own; return wall seconds, CPU seconds and peak memory in MB."""
-    done = subprocess.run([python, "-c", RUN.format(tool=tool), json.dumps(job)], capture_output=True, text=True, check=False)
-    for line in done.stdout.splitlines():
-        if line.startswith("RESULT"):
-            return json.loads(line.removeprefix("RESULT"))
-    raise SystemExit(f"{job} failed:\n{done.stderr[-3000:]}")
+class Tool:
+    """One of the tools, in a process that has imported it."""
+
+    def __init__(self, name: str, python: str, code: str) -> None:
+        self.name, pipe = name, subprocess.PIPE
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (read after a failure, closed with the process)
+        command = [python, "-c", RUN.format(tool=code)]
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.log, text=True)
+
+    def run(self, job: dict) -> list[float]:
+        """Return wall seconds, CPU seconds and peak memory in MB of one run."""
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("RESULT"):
+                return json.loads(line.removeprefix("RESULT"))
+        self.log.seek(0)
+        raise SystemExit(f"{job} failed:\n{self.log.read()[-3000:]}")
 
 
 def main() -> None:
@@ -123,6 +156,7 @@ def main() -> None:
     flags.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     flags.add_argument("--nsamples", type=int, default=128)
     flags.add_argument("--seqlen", type=int, default=256)
+    flags.add_argument("--iters", type=int, help="in place of the tuned recipes' own, for both tools")
     flags.add_argument("--windows", type=int, default=0, help="score the first N test rows only")
     flags.add_argument("--bos", action="store_true", help="BOS before each test row")
     flags.add_argument("--threads", type=int, default=1)
@@ -148,20 +182,21 @@ def main() -> None:
         f"{'wall s':>8} {'CPU s':>8} {'peak MB':>8}",
         flush=True,
     )
-    tools = [("hf_autoround", sys.executable, OURS)] + ([("auto-round", args.peer, PEER)] if args.peer else [])
+    tools = [Tool("hf_autoround", sys.executable, OURS)] + ([Tool("auto-round", args.peer, PEER)] if args.peer else [])
     with tempfile.TemporaryDirectory() as work:
         torch.save(calibration[: args.nsamples].clone(), f"{work}/tokens.pt")
         for scheme in args.schemes:
             for recipe in args.recipes:
-                results: dict[str, list] = {name: [] for name, _, _ in tools}
+                results: dict[str, list] = {tool.name: [] for tool in tools}
                 for seed in args.seeds if "rtn" not in recipe else args.seeds[:1]:
-                    for name, python, tool in tools:
-                        out = Path(work) / f"{name}-{scheme}-{recipe}-{seed}"
+                    for tool in tools:
+                        out = Path(work) / f"{tool.name}-{scheme}-{recipe}-{seed}"
                         job = {"model": args.model, "scheme": scheme, "recipe": recipe, "seed": seed, "threads": args.threads,
-                               "tokens": f"{work}/tokens.pt", "out": str(out), "extra": extra}  # fmt: skip
-                        usage = run(python, tool, job)
+                               "tokens": f"{work}/tokens.pt", "out": str(out), "extra": extra,
+                               "iters": {"iters": args.iters} if args.iters and "rtn" not in recipe else {}}  # fmt: skip
+                        usage = tool.run(job)
                         folder = next(path.parent for path in sorted(out.rglob("config.json")))
-                        results[name].append((*judge.scores(folder), *usage))
+                        results[tool.name].append((*judge.scores(folder), *usage))
                 for name, values in results.items():
                     mean = [statistics.mean(column) for column in zip(*values, strict=True)]
                     each = "/".join(f"{value[0]:.2f}" for value in values)

@@ -89,7 +89,9 @@ class _InputWatcher(WatchProducts):
             rows[at] += len(seen)
             largest[at] = torch.maximum(largest[at], precise.abs().max())
         kept = _SAMPLES_EXPERT if leading else _SAMPLES
-        self.statistics.samples.setdefault((name, expert), []).append(seen[:: -(-len(seen) // kept) or 1].clone())
+        # an odd step: one that divides the rows' length would take the same few positions of all, and first tokens are unlike any
+        step = -(-len(seen) // kept) | 1
+        self.statistics.samples.setdefault((name, expert), []).append(seen[step // 2 :: step].clone())
         return inputs
 
 

@@ -65,7 +65,9 @@ class AWQ(IntegerLayout):
 
     def pack_codes(self, codes: Tensor, spec: TensorSpec) -> Tensor:
         """Return qweight for unsigned codes (O, I)."""
-        return pack_bits(_reorder(codes.t(), _ORDER), 4)
+        rows = codes.unflatten(0, (-1, 8))[:, _ORDER]
+        octets = rows[:, 0::2] | rows[:, 1::2] << 4  # (O / 8, 4, I)
+        return octets.permute(2, 0, 1).contiguous().view(torch.int32).squeeze(-1)
 
     def unpack_codes(self, words: Tensor, spec: TensorSpec, shape: tuple[int, int]) -> Tensor:
         """Return the unsigned codes (O, I) uint8 of qweight."""

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # so many bytes
+
 
 def word_count(codes: int, bits: int) -> int:
     """Return the number of 32-bit words that hold a row of codes."""
@@ -23,12 +25,13 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Pack unsigned codes (R, n) of any integer type into int32 words (R, W)."""
     rows, count = codes.shape
     if 8 % bits == 0:
-        per_word = 32 // bits
-        places = F.pad(codes.to(torch.uint8), (0, -count % per_word)).unflatten(1, (-1, 8 // bits))
-        octets = places[..., 0].clone(memory_format=torch.contiguous_format)
-        for place in range(1, 8 // bits):
-            octets |= places[..., place] << (bits * place)
-        return octets.view(torch.int32)
+        # as many codes as fit in a byte are one number, which is shifted over itself: its lowest byte then has all of them
+        many = 8 // bits
+        numbers = F.pad(codes.to(torch.uint8), (0, -count % (4 * many))).flatten().view(_WIDE[many])
+        octets = numbers.clone()
+        for place in range(1, many):
+            octets |= numbers >> ((8 - bits) * place)
+        return octets.to(torch.uint8).view(torch.int32).view(rows, word_count(count, bits))
     chunks = F.pad(codes, (0, -count % 32)).view(rows, -1, 32)
     words = torch.zeros(rows, chunks.shape[1], bits, dtype=torch.int64, device=codes.device)
     for place in range(32):

@@ -23,7 +23,7 @@ def to_unsigned(tensor: QuantizedTensor, spec: TensorSpec, columns: int) -> tupl
         return codes, tensor.zero_point.squeeze(-1), scales
     half = 2 ** (spec.bits - 1)
     zeros = torch.full(scales.shape, half, dtype=torch.uint8, device=scales.device)
-    return (codes.to(torch.int16) + half).to(torch.uint8), zeros, scales
+    return codes.view(torch.uint8) + half, zeros, scales  # modulo 256: one pass
 
 
 def from_unsigned(codes: Tensor, zeros: Tensor, scales: Tensor, spec: TensorSpec) -> QuantizedTensor:

@@ -62,7 +62,7 @@ class MLX(Layout):
     def pack(self, tensor: QuantizedTensor, spec: TensorSpec, columns: int) -> dict[str, Tensor]:
         """Return weight (O, I b / 32) uint32, scales and biases (O, G); the latter exact if the tensor is symmetric."""
         scales, lowest = dequantize(tensor.scale), _lowest(spec)
-        codes = (ungroup(tensor.elements, columns).to(torch.int16) - lowest).to(torch.uint8)
+        codes = ungroup(tensor.elements, columns).view(torch.uint8) - lowest
         biases = scales * (lowest if tensor.zero_point is None else lowest - tensor.zero_point.float())
         if tensor.minimum is not None:
             biases = biases - dequantize(tensor.minimum)
