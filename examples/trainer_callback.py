@@ -30,7 +30,7 @@ class Patience(TrainerCallback):
 def main(model, out):
     args = RoundingArguments(output_dir=out, scheme="W3A16", iters=100, seqlen=256, nsamples=32, dataset="pydoc")
     output = RoundingTrainer(model, args, callbacks=[Patience()]).train()
-    print(f"{output.metrics['quantized_layers']} layers, mean block error {output.training_loss:.3e}")
+    print(f"{output.metrics['quantized_layers']} layers, KL divergence to the float model {output.training_loss:.3e}")
 
 
 if __name__ == "__main__":

@@ -194,6 +194,7 @@ class BlockWalk:
         end = cache(self.load_end)  # when it is first needed
 
         def error(indices: Tensor, replaced: Mapping[str, Tensor]) -> Tensor:
+            """Return the mean squared error of the outputs; behind the last block, the KL divergence of the predictions."""
             own = where[indices]
             output = runner(inputs[own], own, replaced)
             if targets is not None:

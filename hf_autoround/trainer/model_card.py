@@ -84,7 +84,7 @@ def _block_errors(records: Sequence[Mapping[str, Any]]) -> list[str]:
     if not rows:
         return []
     return [
-        "Mean squared error of each block's output, before and after tuning:",
+        "Mean squared error of each block's output (of the last one: KL divergence of the predictions) before and after tuning:",
         "",
         "| block | layers | before | after | best step |",
         "|---|---|---|---|---|",

@@ -93,11 +93,11 @@ class RoundingTrainer:
         journal = self.quantize(resume)
         self.processes.from_main(lambda: self._complete(run, journal))
         losses = [entry["loss_best"] for entry in self.state.log_history if entry.get("loss_best") is not None]
-        mean = sum(losses) / len(losses) if losses else 0.0
+        loss = losses[-1] if losses else 0.0  # of the last block: how far the predictions are
         runtime = time.time() - started
-        metrics = {"train_runtime": runtime, "train_loss": mean, "quantized_layers": len(run.plan.sites)}
+        metrics = {"train_runtime": runtime, "train_loss": loss, "quantized_layers": len(run.plan.sites)}
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-        return TrainOutput(self.state.global_step, mean, metrics)
+        return TrainOutput(self.state.global_step, loss, metrics)
 
     def prepare(self) -> Run:
         """Open the model, make the plan and read the data; nothing is written yet. Done once."""

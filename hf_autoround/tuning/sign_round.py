@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """SignRound: rounding and scales tuned by the sign of their gradient, block by block (https://arxiv.org/abs/2309.05516).
 
-The start is optimized round to nearest. Two choices differ from the paper's code: the best step is chosen on a fixed set
-of samples, the start among the candidates, so tuning never ends worse than it began on what it measures; and the norm
-weights may move too.
+The start is optimized round to nearest. Three choices differ from the paper's code: the best step is chosen on a fixed set
+of samples, the start among the candidates, so tuning never ends worse than it began on what it measures; the norm weights may
+move too; and the last block is given the KL divergence of the predictions as its error, not that of its output.
 """
 
 from __future__ import annotations

@@ -54,6 +54,18 @@ def test_what_ships_is_as_far_from_the_float_model_as_was_measured(name, tiny_mo
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_the_last_blocks_error_is_the_divergence_of_the_predictions(name, tiny_model, tmp_path):
+    model = tiny_model(name)
+    trainer = tuned(model, tmp_path / "out", iters=12, lr=0.02, end_to_end_steps=0)
+    last = [entry for entry in trainer.state.log_history if "loss_best" in entry][-1]
+    assert last["loss_best"] < last["loss_first"]
+    _, held_out = split(len(SAMPLES), 16)
+    float_model, loaded = (AutoModelForCausalLM.from_pretrained(path) for path in (model, tmp_path / "out"))
+    found = divergence(float_model.float(), loaded.dequantize().float(), SAMPLES[held_out])
+    assert found == pytest.approx(last["loss_best"], rel=0.01)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_the_end_of_a_model_gives_its_own_logits(name, tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model(name), attn_implementation="eager").float().eval()
     blocks = [model.get_submodule(block) for block in model_parts(model).block_names]
