@@ -57,11 +57,12 @@ from auto_round import AutoRound
 recipes = {"rtn": dict(iters=0, disable_opt_rtn=True), "opt_rtn": dict(iters=0), "light": dict(iters=50, lr=5e-3),
            "default": dict(iters=200), "v2": dict(iters=200, enable_alg_ext=True), "best": dict(iters=1000)}
 recipes |= {"e2e": recipes["default"], "e2e_light": recipes["light"], "e2e_best": recipes["best"]}  # what each stands beside
+formats = {"INT8": "llm_compressor"}  # auto_round has none for it
 def quantize(job, tokens):
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     AutoRound(job["model"], tokenizer, scheme=job["scheme"], dataset=[row[None] for row in tokens], seqlen=tokens.shape[1],
               nsamples=len(tokens), batch_size=8, seed=job["seed"], **recipes[job["recipe"]] | job["iters"]
-              ).quantize_and_save(job["out"], format="auto_round")
+              ).quantize_and_save(job["out"], format=formats.get(job["scheme"], "auto_round"))
 """
 
 
