@@ -7,8 +7,8 @@ INSTALLED := $(VENV)/installed
 VLLM := .venv-vllm
 MLX := .venv-mlx
 COMPRESSED := .venv-compressed-tensors
-# a file's tests share the models that they make, so they stay together
-SIDE_BY_SIDE := --numprocesses auto --maxprocesses 8 --dist loadfile
+# tests of a file share the models that they make, so they stay together; the longest test (Triton, interpreted) comes early
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-vllm test-mlx test-compressed-tensors lint test-versions clean
 
