@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,8 +117,9 @@ class RoundingTrainer:
 
         Plain round to nearest has nothing to keep there.
         """
-        with freed_memory_kept():
-            return self._quantized(self.prepare(), resume)
+        run = self.prepare()
+        with freed_memory_kept() if run.streams_blocks else nullcontext():
+            return self._quantized(run, resume)
 
     def _quantized(self, run: Run, resume: bool) -> Journal:
         journal = self.processes.from_main(lambda: self._open_journal(run, resume))
