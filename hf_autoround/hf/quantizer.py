@@ -114,7 +114,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
         model.config.__dict__.pop(QUANTIZATION, None)  # save_pretrained leaves out what else mlx-lm needs
         install_packed_layers(model, stored.layers, biases=stored.biases)
         if experts := [site.name for site in stored.layers if site.expert is not None]:
-            self.apart = LeaveAlone(frozenset(f"{name}.weight" for name in experts), model.base_model_prefix)
+            self.apart = LeaveAlone(frozenset(experts), model.base_model_prefix)
         self.relayouts = stored.relayouts
         # groups in order need no index
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), r"\.g_idx$"}

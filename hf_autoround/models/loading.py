@@ -151,9 +151,9 @@ def names_in_memory(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, st
 
 class LeaveAlone(WeightConverter):
     """Stands before a model's own converters and keeps them from tensors that they would merge: those of packed experts,
-    where a layout calls its codes `weight`.
+    where a layout calls its codes `weight` (transformers 5.16 takes all whose names begin so).
 
-    `names` are names in memory. It never counts as used, so that saving knows nothing of it.
+    `names` are the layers' names in memory. It never counts as used, so that saving knows nothing of it.
     """
 
     def __init__(self, names: frozenset[str], base_model_prefix: str) -> None:
@@ -162,7 +162,8 @@ class LeaveAlone(WeightConverter):
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         """Return the key as it is, and whether it is one of these: the checkpoint of a base model has no prefix."""
-        known = {source_key, source_key.removeprefix(self.prefix), self.prefix + source_key} & self.names
+        layer = source_key.rpartition(".")[0]
+        known = {layer, layer.removeprefix(self.prefix), self.prefix + layer} & self.names
         return source_key, self.source_patterns[0] if known else None
 
     def __deepcopy__(self, memo: dict) -> LeaveAlone:
