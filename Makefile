@@ -1,5 +1,6 @@
 # `make demo` shows what this is, `make test` runs the suite, `make test-vllm` serves checkpoints with vLLM, `make test-mlx` runs
-# them with mlx-lm, `make test-compressed-tensors` with compressed-tensors. Each makes the virtual environments it needs first; nothing else is needed.
+# them with mlx-lm, `make test-compressed-tensors` with compressed-tensors. Each makes the virtual environments it needs first;
+# nothing else is needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

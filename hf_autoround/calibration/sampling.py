@@ -37,8 +37,7 @@ from hf_autoround.models.loading import LazyModel, evict, load_keys
 from hf_autoround.models.memory import release_memory
 from hf_autoround.models.placement import Placement
 
-_ROWS = 256  # at a time on a CPU: Python takes half of the time of 64 (tinystories: 7.4 s for 256 x 256 tokens, 10.3 s)
-_ROWS_ON_ACCELERATOR = 256
+_ROWS = 256  # at a time; on a CPU Python takes half of the time of 64 (tinystories: 7.4 s for 256 x 256 tokens, 10.3 s)
 _CACHE = 4 << 30  # bytes of keys and values; on CUDA a quarter of the memory
 _SMALL = 4 << 30  # bytes of weights that a CPU holds in float32, in which it is faster than in bfloat16 (28 s against 55)
 
@@ -198,12 +197,11 @@ def _row_bytes(lazy: LazyModel, seqlen: int, placement: Placement) -> int:
 
 
 def _batch_size(lazy: LazyModel, request: SampledText, placement: Placement) -> int:
-    on_cpu = placement.main.type == "cpu"
     budget = torch.cuda.get_device_properties(placement.main).total_memory // 4 if placement.main.type == "cuda" else _CACHE
     free = _free(placement)
     if free is not None:
         budget = min(budget, free - _weights(lazy, sampling_dtype(lazy, placement.main)))
-    return max(1, min(_ROWS if on_cpu else _ROWS_ON_ACCELERATOR, budget // _row_bytes(lazy, request.seqlen, placement)))
+    return max(1, min(_ROWS, budget // _row_bytes(lazy, request.seqlen, placement)))
 
 
 def _free(placement: Placement) -> int | None:

@@ -102,10 +102,14 @@ class AutoRoundFormat(Format):
             notes.append(
                 f"auto_round at {widths} bits: transformers with hf_autoround reads it, {others}; vLLM and SGLang do not"
             )
-        if any(scheme.activation is not None for scheme in schemes):
-            notes.append("auto_round with quantized inputs: hf_autoround reads it; for vLLM take llm_compressor")
-        elif any(scheme.weight.data_type != "int" for scheme in schemes if scheme.weight):
-            notes.append("auto_round with floats of 4 or 8 bits: hf_autoround reads it; for vLLM take llm_compressor")
+        found = {
+            "quantized inputs": any(scheme.activation is not None for scheme in schemes),
+            "other numbers than integers": any(scheme.weight.data_type != "int" for scheme in schemes if scheme.weight),
+        }
+        if what := " and ".join(name for name, is_there in found.items() if is_there):
+            notes.append(
+                f"auto_round with {what}: hf_autoround reads it; for vLLM take llm_compressor where it stores the scheme"
+            )
         return "; ".join(filter(None, notes)) or None
 
 

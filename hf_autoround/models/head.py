@@ -52,8 +52,8 @@ class Head:
 
     @property
     def rows(self) -> int:
-        """For how many rows at a time logits should be computed."""
-        return max(16, (1 << 22 if self.device.type == "cpu" else 1 << 26) // self.model.config.get_text_config().vocab_size)
+        """For how many rows at a time logits should be computed: for fewer than some hundreds reading the head takes longer."""
+        return max(256, (1 << 22 if self.device.type == "cpu" else 1 << 26) // self.model.config.get_text_config().vocab_size)
 
     def logits(self, rows: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the logits (R, V) of finished hidden states (R, H), with `weights` in place of the head's own."""

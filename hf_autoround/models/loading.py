@@ -121,8 +121,9 @@ def load_keys(lazy: LazyModel, keys: Iterable[str], device: torch.device, dtype:
 
 def evict(module: nn.Module) -> None:
     """Drop a module's parameters: they go back to the meta device."""
-    for name, _ in list(module.named_parameters()):
-        set_module_tensor_to_device(module, name, "meta")
+    for name, parameter in list(module.named_parameters()):
+        if parameter.device.type != "meta":
+            set_module_tensor_to_device(module, name, "meta")
 
 
 def conversions(model: PreTrainedModel) -> list[WeightRenaming | WeightConverter]:

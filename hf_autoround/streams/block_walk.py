@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_autoround.errors import CalibrationError, CheckpointError
 from hf_autoround.layers.activations import input_quantizer
@@ -100,9 +100,9 @@ class BlockWalk:
     def begin(self) -> None:
         """Capture the inputs of the first block."""
         with self.processes.together():
-            outside = self.load_outside()
+            self.load_outside()
             captured = capture(self.lazy.model, self.blocks, self.tokens, self.device)
-            self.evict(outside)
+            self.evict()
         self.returns_tuple = captured.returns_tuple
         self.arguments = dict(zip(self.parts.block_names, captured.arguments, strict=True))
         kept = torch.device("cpu") if self.settings.keep_on_cpu else self.device
@@ -116,12 +116,12 @@ class BlockWalk:
         """Return the function that runs a unit; the head's inputs are the finished hidden states."""
         blocks = tuple(self.lazy.model.get_submodule(name) for name in unit.names)
         if unit.key == "head":
-            outside = self.load_outside()
+            self.load_outside()
             self.float_inputs, self.inputs = (
                 finish(self.lazy.model, self.blocks, self.tokens, hidden, self.device, self.returns_tuple)
                 for hidden in (self.float_inputs, self.inputs)
             )
-            self.evict(outside)
+            self.evict()
             return BlockRunner(unit.names, blocks, (BlockArguments.none(),), self.device, self.autocast)
         return BlockRunner(unit.names, blocks, tuple(self.arguments[name] for name in unit.names), self.device, self.autocast)
 
@@ -276,7 +276,7 @@ class BlockWalk:
         }
         return Head(model, self.blocks, self.device, self.autocast, self.returns_tuple, weights)
 
-    def load_outside(self) -> list[nn.Module]:
+    def load_outside(self) -> None:
         """Load what lies outside of the blocks and the head."""
         inside = tuple(f"{name}." for name in (*self.parts.block_names, *([self.parts.head] if self.parts.head else [])))
         keys = [key for key, name in self.lazy.keys.items() if not name.startswith(inside)]
@@ -284,12 +284,10 @@ class BlockWalk:
         for name, tensor in self.lazy.model.named_parameters():
             if tensor.device.type == "meta" and not name.startswith(inside):
                 raise CheckpointError(f"{self.lazy.name} holds no tensor for {name}")
-        return [self.lazy.model]
 
-    def evict(self, modules: list[nn.Module]) -> None:
-        """Drop the parameters of these modules."""
-        for module in modules:
-            evict(module)
+    def evict(self) -> None:
+        """Drop the parameters of all that is loaded."""
+        evict(self.lazy.model)
         self.lazy.model.tie_weights()
         release_memory()
 
@@ -315,11 +313,9 @@ class Resident:
         return runner
 
     def __exit__(self, *error: object) -> None:
-        walk = self.walk
         for block in self.blocks:
-            walk.settings.placement.gather(block)
-        # the end of the model may have been loaded with the last block
-        walk.evict([walk.lazy.model] if self.unit.names[-1] == walk.parts.block_names[-1] else list(self.blocks))
+            self.walk.settings.placement.gather(block)
+        self.walk.evict()
 
 
 def compute_types(stored: torch.dtype, device: torch.device, amp: bool) -> tuple[torch.dtype, torch.dtype | None]:

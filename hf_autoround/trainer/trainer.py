@@ -94,7 +94,7 @@ class RoundingTrainer:
         journal = self.quantize(resume)
         self.processes.from_main(lambda: self._complete(run, journal))
         losses = [entry["loss_best"] for entry in self.state.log_history if entry.get("loss_best") is not None]
-        loss = losses[-1] if losses else 0.0  # of the last block: how far the predictions are
+        loss = losses[-1] if losses else 0.0  # the last block's says how far the predictions are (a quantized head's: the logits)
         runtime = time.time() - started
         metrics = {"train_runtime": runtime, "train_loss": loss, "quantized_layers": len(run.plan.sites)}
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 Logits = Callable[[Tensor], Tensor]  # (R, H) -> (R, V)
 _WATCHED = 4
-_CACHED = 1 << 17  # elements
+_CACHED = 1 << 17  # logits that stay in a CPU's cache
 
 
 def divergence(student: Logits, teacher: Logits, hidden: Tensor, target: Tensor, rows: int) -> Tensor:
@@ -57,7 +57,7 @@ def backward(student: Logits, teacher: Logits, hidden: Tensor, target: Tensor, r
 
 
 def error(student: Logits, teacher: Logits, hidden: Tensor, target: Tensor, rows: int) -> Tensor:
-    """Return the mean KL divergence over positions, differentiable for `hidden` (R, H); estimated where it is to be."""
+    """Return the mean KL divergence over positions: exact, or `backward`'s estimate if `hidden` (R, H) needs a gradient."""
     if not (torch.is_grad_enabled() and hidden.requires_grad):
         return divergence(student, teacher, hidden, target, rows) / len(hidden)
     total, gradient = backward(student, teacher, hidden, target, rows, 1 / len(hidden))

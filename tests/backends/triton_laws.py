@@ -25,7 +25,8 @@ from hf_autoround.backends.triton_kernels import TILED_ROWS, VECTOR_ROWS, gptq_d
 TRITON, REFERENCE = TritonGPTQ(), TorchReference()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # relative; two roundings of the output
-ROWS = (1, 2, VECTOR_ROWS + 1, 33, TILED_ROWS + 1)  # every kernel, whole and partly filled tiles
+KERNELS = (1, VECTOR_ROWS + 1, TILED_ROWS + 1)  # rows for which each is taken
+ROWS = (*KERNELS, 2, 33)  # and more and less filled tiles
 
 
 @pytest.fixture(autouse=True)
@@ -59,18 +60,16 @@ def rows_of(count: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("bits", "sym", "size", "dtype"),
-    [
-        *((bits, sym, 64, torch.float16) for bits in (2, 3, 4, 8) for sym in (True, False)),
-        *((bits, bits == 3, size, torch.float16) for bits in (3, 4) for size in (-1, 32, 128)),
-        *((bits, bits == 4, 64, dtype) for bits in (3, 4) for dtype in (torch.float32, torch.bfloat16)),
-    ],
-    ids=str,
+    ("size", "dtype"),
+    [*((size, torch.float16) for size in (-1, 32, 64, 128)), (64, torch.float32), (64, torch.bfloat16)],
+    ids=lambda value: str(value).removeprefix("torch."),
 )
+@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_a_product_is_the_references(bits, sym, size, dtype):
     layer = packed_linear(bits, size, sym, (40, 256)).to(DEVICE)
     assert TRITON.refuse(layer, DEVICE) is None
-    for count in ROWS:
+    for count in KERNELS:
         inputs = rows_of(count, 256, dtype)
         outputs = TRITON.forward(layer, inputs)
         assert outputs.dtype == dtype
@@ -91,8 +90,9 @@ def test_the_dense_weight_is_the_references_bit_for_bit(bits, layout):
             assert torch.equal(dense.t(), expected)
 
 
-@pytest.mark.parametrize(("bits", "layout"), [(3, GPTQ_V1), (4, GPTQ_V2), (5, GPTQ_V1)], ids=["3-v1", "4-v2", "5-v1"])
-@pytest.mark.parametrize("shape", [(1, 32), (7, 96), (130, 64), (64, 1120)], ids=str)
+@pytest.mark.parametrize("layout", [GPTQ_V1, GPTQ_V2], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("shape", [(1, 32), (7, 96), (130, 64), (64, 1120), (40, 160)], ids=str)
+@pytest.mark.parametrize("bits", [3, 4, 5])
 def test_odd_shapes_are_masked(bits, shape, layout):
     layer = packed_linear(bits, 64, False, shape, layout).to(DEVICE)
     for count in ROWS:

@@ -3,6 +3,8 @@
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from tiny import tokens
 from transformers import AutoModelForCausalLM
@@ -16,6 +18,10 @@ from hf_autoround.registry import find
 from hf_autoround.scheme import resolve_scheme
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.17"),
+    reason="the fp8 loader of transformers 5.16 fails on models without experts",
+)
 def test_transformers_reads_the_same_weights(tiny_model, tmp_path):
     AutoRound(
         str(tiny_model("llama_wide")), scheme="FP8_BLOCK", recipe="rtn", ignore_layers=["layers.1.mlp"], disable_tqdm=True
