@@ -81,6 +81,20 @@ def test_what_cannot_be_is_refused_with_a_sentence(arguments, says, tiny_model, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("scheme", "says"),
+    [
+        ("FPW8A16", "auto_round with other numbers than integers: "),
+        ("INT8", "auto_round with quantized inputs: "),
+        ("MXFP4", "auto_round with quantized inputs and other numbers than integers: "),
+        ("W4A16", None),
+    ],
+)
+def test_what_vllm_does_not_read_in_auto_round_is_told(scheme, says, tiny_model, tmp_path, caplog):
+    AutoRound(str(tiny_model("llama")), scheme=scheme, recipe="rtn", disable_tqdm=True).quantize_and_save(tmp_path / "out")
+    assert f"{says}hf_autoround reads it; for vLLM take llm_compressor" in caplog.text if says else "vLLM" not in caplog.text
+
+
 def test_why_rounding_to_nearest_needs_data_is_said(tiny_model, tmp_path):
     rounding = AutoRound(str(tiny_model("llama")), scheme="NVFP4", recipe="rtn", dataset="nowhere.txt", disable_tqdm=True)
     with pytest.raises(CalibrationError, match=r"NVFP4 has to see data even to round to nearest: .*nowhere\.txt"):
