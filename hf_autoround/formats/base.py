@@ -33,6 +33,13 @@ class Format(Protocol):
     def config(self, plan: QuantPlan, names: Mapping[str, str]) -> dict[str, Any] | None: ...
     def note(self, plan: QuantPlan) -> str | None: ...
 
+    def stack(self, name: str, site: WeightSite) -> str | None:
+        """Return the layer whose tensors hold this one's at the number of its expert, or None: the layer has its own.
+
+        `name` is what the source's checkpoint calls the layer.
+        """
+        return None
+
     def model_config(self, config: Mapping[str, Any], plan: QuantPlan, names: Mapping[str, str]) -> dict[str, Any]:
         """Return what config.json says of the model itself: what the source's said, unless the format's readers need more."""
         return dict(config)

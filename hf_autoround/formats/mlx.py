@@ -6,10 +6,14 @@ mlx-lm reads `quantization` in config.json: the base numbers, and under a layer'
 stands `quantization_config` in auto_round's words, which mlx-lm passes over, so that transformers loads the same files. The
 model's own settings are repeated under the names that they had before transformers 5: mlx-lm looks for most of them there and
 takes its defaults in silence where it finds none.
+
+The experts of a layer are one tensor there, `switch_mlp.gate_proj` and so on: most of mlx-lm's models put packed experts
+together only from float ones.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +31,8 @@ from hf_autoround.scheme import BF16, Scheme, TensorSpec, integer_scheme
 
 QUANTIZATION = "quantization"  # what mlx-lm calls its part of config.json
 _LAYOUT = MLX()
+_EXPERT = re.compile(r"(.+)\.experts\.\d+\.(gate_proj|up_proj|down_proj|w[123])")
+_PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}  # mixtral's names for them
 
 
 class AutoRoundMLXFormat(Format):
@@ -71,12 +77,21 @@ class MLXFormat(AutoRoundMLXFormat):
         """Return why a site cannot be stored under a scheme, or None."""
         if site.transposed:
             return "mlx-lm turns the weights of a Conv1D when it loads them, and would turn packed ones"
-        if site.expert is not None:  # some of its models (mixtral) put packed experts together when they load, others do not
-            return "mlx-lm wants the packed experts of a layer in one tensor, which is not written (auto_round:mlx keeps each)"
+        if site.expert is not None and (site.fused_on_disk or expert_stack(site.name) is None):
+            return "mlx-lm has other names for the experts of a model whose checkpoint fuses them (auto_round:mlx keeps each)"
         return super().refuse(site, scheme)
+
+    def stack(self, name: str, site: WeightSite) -> str | None:
+        """Return the layer that holds an expert's tensors at its number, or None for other layers."""
+        return expert_stack(name)
+
+    def config(self, plan: QuantPlan, names: Mapping[str, str]) -> dict[str, Any]:
+        """Return `quantization_config`; `names` maps layer names to what the source's checkpoint calls them."""
+        return super().config(plan, _with_stacks(plan, names))
 
     def model_config(self, config: Mapping[str, Any], plan: QuantPlan, names: Mapping[str, str]) -> dict[str, Any]:
         """Return the source's config.json with `quantization`, and with the settings' older names."""
+        names = _with_stacks(plan, names)
         base = next(iter(plan.schemes.values())) if plan.scheme not in plan.schemes.values() else plan.scheme
         layers = {names.get(name, name): scheme for name, scheme in all_layers(plan).items()}
         differing = {name: _numbers(scheme) for name, scheme in sorted(layers.items()) if scheme != base}
@@ -85,6 +100,24 @@ class MLXFormat(AutoRoundMLXFormat):
     def note(self, plan: QuantPlan) -> str | None:
         """Return None: mlx-lm fuses nothing."""
         return None
+
+
+def expert_stack(name: str) -> str | None:
+    """Return what mlx-lm calls the layer of all experts that a layer belongs to, None if it is no expert's."""
+    found = _EXPERT.fullmatch(name)
+    return f"{found[1]}.switch_mlp.{_PROJECTIONS.get(found[2], found[2])}" if found else None
+
+
+def expert_apart(stack: str, layer: str) -> str:
+    """Return what a file would call an expert's layer whose own name ends as `layer` does, and which lies in `stack` there."""
+    _, *own = layer.rsplit(".", 3)
+    return ".".join([stack.rpartition(".switch_mlp.")[0], *own])
+
+
+def _with_stacks(plan: QuantPlan, names: Mapping[str, str]) -> dict[str, str]:
+    """Return layer name in memory -> in the file, for float experts too: mlx-lm puts those together itself."""
+    own = {name: names.get(name, name) for name in all_layers(plan)}
+    return {name: expert_stack(key) or key for name, key in own.items()}
 
 
 def read_mlx_config(config: Mapping[str, Any]) -> StoredPlan:

@@ -39,7 +39,7 @@ class ShardWriter:
     def __init__(self, folder: Path, tensors: Mapping[str, StoredTensor], max_shard_size: int) -> None:
         self.folder = folder
         self.places: dict[str, _Place] = {}
-        self.missing = set(tensors)
+        self.missing = {name: _size(tensor) for name, tensor in tensors.items()}  # bytes
         self.total = sum(_size(tensor) for tensor in tensors.values())
         shards = _split(tensors, max_shard_size)
         self.files: dict[str, int] = {}
@@ -48,25 +48,29 @@ class ShardWriter:
             file = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             self._begin(file, {name: tensors[name] for name in names})
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor to its place.
+    def add(self, name: str, tensor: Tensor, row: int | None = None) -> None:
+        """Write one tensor to its place, or that of one row of its leading dimension.
 
         Raises OutputError if the disk is full.
         """
         place = self.places[name]
-        assert tuple(tensor.shape) == place.shape and tensor.dtype == place.dtype, (name, tensor.shape, tensor.dtype, place)
-        self.missing.remove(name)
+        shape = place.shape if row is None else place.shape[1:]
+        assert tuple(tensor.shape) == shape and tensor.dtype == place.dtype, (name, tensor.shape, tensor.dtype, place)
         content = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        self.missing[name] -= len(content)
+        assert self.missing[name] >= 0, f"written twice: {name}"
+        start = place.offset + (row or 0) * len(content)
         written = 0
         try:
             while written < len(content):
-                written += os.pwrite(self.files[place.file], content[written:], place.offset + written)
+                written += os.pwrite(self.files[place.file], content[written:], start + written)
         except OSError as error:
             raise _cannot_write(self.folder / place.file, error) from error
 
     def close(self) -> None:
         """Flush the files and write the index; every tensor must have come."""
-        assert not self.missing, f"never written: {sorted(self.missing)[:3]}"
+        never = sorted(name for name, size in self.missing.items() if size)
+        assert not never, f"never written: {never[:3]}"
         count = len(self.files)
         for file, descriptor in self.files.items():
             try:

@@ -28,7 +28,14 @@ def manifest(lazy: LazyModel, plan: QuantPlan, keys: list[SourceKey], target: Fo
         if not source.sites:
             tensors[source.key] = (entry.shape, entry.dtype)
         for name, site in source.sites:
-            tensors |= {f"{name}.{part}": stored for part, stored in target.stored(plan, site, entry.dtype).items()}
+            stack = target.stack(name, site)
+            for part, (shape, dtype) in target.stored(plan, site, entry.dtype).items():
+                if stack is None:
+                    tensors[f"{name}.{part}"] = (shape, dtype)
+                else:
+                    assert site.expert is not None
+                    others = tensors.get(f"{stack}.{part}", ((0,), dtype))[0][0]
+                    tensors[f"{stack}.{part}"] = ((max(others, site.expert + 1), *shape), dtype)
     return tensors
 
 
@@ -48,8 +55,12 @@ class CheckpointSink:
         """Write one item."""
         if isinstance(item.content, QuantizedLayer):
             assert item.site is not None
+            stack = self.target.stack(item.name, item.site)
             for part, tensor in self.target.store(self.plan, item.site, item.content, self.dtypes[item.name]).items():
-                self.writer.add(f"{item.name}.{part}", tensor)
+                if stack is None:
+                    self.writer.add(f"{item.name}.{part}", tensor)
+                else:
+                    self.writer.add(f"{stack}.{part}", tensor, item.site.expert)
         else:
             self.writer.add(item.name, item.content)
 

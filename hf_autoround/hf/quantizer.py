@@ -26,7 +26,7 @@ from hf_autoround.layers.packed_linear import PackedLinear
 from hf_autoround.layouts import Layout
 from hf_autoround.models.blocks import find_sites
 from hf_autoround.models.checkpoint import stored_names
-from hf_autoround.models.loading import LeaveAlone, names_in_memory
+from hf_autoround.models.loading import LeaveAlone, Unstack, names_in_memory
 from hf_autoround.numerics import needs_calibration
 from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.scheme import BF16, Scheme
@@ -46,7 +46,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
         self.arguments: RoundingArguments | None = None
         self.rounding: RoundWhileLoading | None = None  # what rounds each of its parameters, unless it is calibrated
         self.names: dict[str, str] = {}  # of its layers, in memory -> in its files
-        self.apart: LeaveAlone | None = None  # packed experts, from those that transformers merges
+        self.apart: list[LeaveAlone | Unstack] = []  # what keeps packed experts from being merged
         self.relayouts: dict[Scheme, Layout] = {}  # for layers whose file has one that kernels do not read
         self.packed_layers: tuple[str, ...] = ()  # by name, when the model was loaded
         self.compileable = False
@@ -83,7 +83,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel | None = None) -> list:
         """Keep those that merge experts from the packed ones; some layers' experts may be float."""
-        return [self.apart, *weight_conversions] if self.apart else weight_conversions
+        return [*self.apart, *weight_conversions]
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
@@ -114,7 +114,10 @@ class AutoRoundHfQuantizer(HfQuantizer):
         model.config.__dict__.pop(QUANTIZATION, None)  # save_pretrained leaves out what else mlx-lm needs
         install_packed_layers(model, stored.layers, biases=stored.biases)
         if experts := [site.name for site in stored.layers if site.expert is not None]:
-            self.apart = LeaveAlone(frozenset(experts), model.base_model_prefix)
+            self.apart = [
+                Unstack(stored.stacks, model.base_model_prefix),
+                LeaveAlone(frozenset(experts), model.base_model_prefix),
+            ]
         self.relayouts = stored.relayouts
         # groups in order need no index
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), r"\.g_idx$"}

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from hf_autoround.errors import UnsupportedLayer
 from hf_autoround.formats import AutoRoundFormat, StoredPlan
 from hf_autoround.formats.auto_round import PACKING, float_packing, layout_for, packing_format
+from hf_autoround.formats.mlx import expert_apart, expert_stack
 from hf_autoround.layers.sites import WeightSite
 from hf_autoround.layouts import GPTQ, IndexedGPTQ, Layout
 from hf_autoround.layouts.gptq_indexed import groups_in_order
@@ -37,13 +38,15 @@ class StoredModel:
     """What to make of a checkpoint: the packed layers, the names of those with a bias, and the same in auto_round's words.
 
     `config` is None if auto_round cannot say it: groups of inputs out of order. `relayouts` are the layouts that layers get
-    once they are loaded, by the scheme of those that do not keep the file's.
+    once they are loaded, by the scheme of those that do not keep the file's. `stacks` are layers of all experts in the file,
+    as they would be called in memory -> the experts' layers.
     """
 
     layers: dict[WeightSite, tuple[Scheme, Layout]]
     biases: set[str]
     config: dict[str, Any] | None
     relayouts: dict[Scheme, Layout]
+    stacks: dict[str, list[str]]
 
 
 def read_stored_model(model: PreTrainedModel, stored: StoredPlan, files: Iterable[str] | None) -> StoredModel:
@@ -53,6 +56,8 @@ def read_stored_model(model: PreTrainedModel, stored: StoredPlan, files: Iterabl
     keys = {name: key for key, name in names_in_memory(model, stored_names(files)).items()}
     scattered_layers = _scattered_layers(files, {key: name for name, key in keys.items()}, stored)
     sites = find_sites(model)
+    stacks = _stacks(sites, keys)
+    keys |= _keys_of_stacked(stacks, keys)
     names = disk_names(sites, keys)
     layers: dict[WeightSite, tuple[Scheme, Layout]] = {}
     kept = dict.fromkeys(other_matrices(model, parts, sites), "it is no layer of its own")
@@ -76,9 +81,9 @@ def read_stored_model(model: PreTrainedModel, stored: StoredPlan, files: Iterabl
     packing = loaded_packing(layers.values(), stored.scheme)
     loaded = {scheme: layout_for(scheme.weight, packing) for scheme, _ in layers.values() if scheme.weight is not None}
     relayouts = {scheme: loaded[scheme] for scheme, layout in layers.values() if loaded[scheme].name != layout.name}
-    config = AutoRoundFormat().config(plan, names, packing)
+    config = AutoRoundFormat().config(plan, names | _names_apart(stacks, names), packing)
     biases = {site.name for site in layers if f"{site.name}.bias" in keys}
-    return StoredModel(layers, biases, None if scattered_layers else config, {} if scattered_layers else relayouts)
+    return StoredModel(layers, biases, None if scattered_layers else config, {} if scattered_layers else relayouts, stacks)
 
 
 def loaded_packing(layers: Iterable[tuple[Scheme, Layout]], base: Scheme) -> str:
@@ -100,6 +105,30 @@ def disk_names(sites: Iterable[WeightSite], keys: Mapping[str, str]) -> dict[str
             if key := keys.get(f"{site.name}.{leaf}"):
                 found[site.name] = key.rpartition(".")[0]
     return found
+
+
+def _stacks(sites: Iterable[WeightSite], keys: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the stacks of experts that a file holds (names in memory) -> their layers, in order."""
+    layers = {name.rpartition(".")[0] for name in keys}
+    stacks: dict[str, list[str]] = {}
+    for site in sites:
+        if (stack := expert_stack(site.name)) in layers and stack is not None:
+            stacks.setdefault(stack, []).append(site.name)
+    return stacks
+
+
+def _keys_of_stacked(stacks: Mapping[str, list[str]], keys: Mapping[str, str]) -> dict[str, str]:
+    """Return name in memory of each expert's tensor -> the key of the stack's."""
+    found = {}
+    for name, key in keys.items():
+        stack, _, leaf = name.rpartition(".")
+        found |= {f"{layer}.{leaf}": key for layer in stacks.get(stack, ())}
+    return found
+
+
+def _names_apart(stacks: Mapping[str, list[str]], names: Mapping[str, str]) -> dict[str, str]:
+    """Return what stacked layers, by name in memory, are called where the model is saved: there each has its own tensors."""
+    return {layer: expert_apart(names[layer], layer) for layers in stacks.values() for layer in layers}
 
 
 def _is_packed(site: WeightSite, scheme: Scheme, layout: Layout, keys: Mapping[str, str]) -> bool:

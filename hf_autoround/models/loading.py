@@ -7,7 +7,7 @@ converters (renamed keys, experts merged into 3-D parameters), one block at a ti
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -162,19 +162,54 @@ class LeaveAlone(WeightConverter):
         self.names, self.prefix = names, f"{base_model_prefix}."
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        """Return the key as it is, and whether it is one of these: the checkpoint of a base model has no prefix."""
-        layer = source_key.rpartition(".")[0]
-        known = {layer, layer.removeprefix(self.prefix), self.prefix + layer} & self.names
+        """Return the key as it is, and whether it is one of these."""
+        known = _own_name(source_key.rpartition(".")[0], self.prefix, self.names)
         return source_key, self.source_patterns[0] if known else None
 
     def __deepcopy__(self, memo: dict) -> LeaveAlone:
         return LeaveAlone(self.names, self.prefix.removesuffix("."))  # one for each tensor: the names need no copies
 
 
+class Unstack(WeightConverter):
+    """Takes tensors that hold a layer for each expert apart; never counts as used either.
+
+    `stacks` maps a stack's name in memory to the names of its layers.
+    """
+
+    def __init__(self, stacks: Mapping[str, Sequence[str]], base_model_prefix: str) -> None:
+        super().__init__("stacked", "stacked", [_Unstack(stacks)])
+        self.stacks, self.prefix = stacks, f"{base_model_prefix}."
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """Return the name of the first layer's tensor, if the key is that of a stack."""
+        key, _, leaf = source_key.rpartition(".")
+        stack = _own_name(key, self.prefix, self.stacks)
+        return (f"{self.stacks[stack][0]}.{leaf}", self.source_patterns[0]) if stack else (source_key, None)
+
+    def __deepcopy__(self, memo: dict) -> Unstack:
+        return Unstack(self.stacks, self.prefix.removesuffix("."))
+
+
+def _own_name(name: str, prefix: str, names: Container[str]) -> str | None:
+    """Return which of these names, in memory, a layer of a file has: the base model's have no prefix in one of the two."""
+    return next((own for own in (name, name.removeprefix(prefix), prefix + name) if own in names), None)
+
+
 class _AsItIs(ConversionOps):
     def convert(self, input_dict: dict, *args: Any, full_layer_name: str = "", **kwargs: Any) -> dict:
         (tensor,) = input_dict.values()
         return {full_layer_name: tensor}
+
+
+class _Unstack(ConversionOps):
+    def __init__(self, stacks: Mapping[str, Sequence[str]]) -> None:
+        self.layers = {layers[0]: layers for layers in stacks.values()}
+
+    def convert(self, input_dict: dict, *args: Any, full_layer_name: str = "", **kwargs: Any) -> dict:
+        ((tensor,),) = input_dict.values()
+        first, _, leaf = full_layer_name.rpartition(".")
+        # copies: layers that share memory could not be saved
+        return {f"{layer}.{leaf}": part.clone() for layer, part in zip(self.layers[first], tensor, strict=True)}
 
 
 @contextmanager

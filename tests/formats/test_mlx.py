@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import tokens
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from hf_autoround import AutoRound, AutoRoundConfig
 from hf_autoround.errors import UnsupportedLayer, UnsupportedScheme
@@ -133,23 +133,57 @@ def test_what_mlx_has_no_kernel_for_is_refused_before_any_weight_is_read(target,
     assert not (tmp_path / "out").exists()
 
 
-def test_conv1d_and_experts_are_not_for_mlx_lm(tiny_model, tmp_path):
+def test_conv1d_and_experts_fused_on_disk_are_not_for_mlx_lm(tiny_model, tmp_path):
     with pytest.raises(UnsupportedLayer, match="mlx-lm turns the weights of a Conv1D"):
         write(tiny_model("gpt2"), tmp_path / "out", scheme="W4A16G32")
-    config = write(tiny_model("qwen3_moe"), tmp_path / "out", scheme="W4A16G32")
+    config = write(tiny_model("gpt_oss"), tmp_path / "out", scheme="W4A16G32")
     kept = [name for name, numbers in config["quantization"].items() if numbers is False]
-    assert "model.layers.1.mlp.experts.0.gate_proj" in kept and "model.layers.0.mlp.gate_proj" not in kept
+    assert any(".experts." in name for name in kept) and "model.layers.0.self_attn.q_proj" not in kept
     whole = WeightSite("layer", "layer.weight", (64, 96))
     assert "whole groups of 64 inputs, and 96 inputs" in MLXFormat().refuse(whole, integer_scheme(4, 64))
 
 
-def test_experts_are_quantized_for_our_own_loader(tiny_model, tmp_path):
-    write(tiny_model("qwen3_moe"), tmp_path, "auto_round:mlx,fake", scheme="W4A16G32")
-    packed, fake = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("auto_round:mlx", "fake"))
-    experts = [name for name, layer in packed.named_modules() if isinstance(layer, PackedLinear) and ".experts." in name]
-    assert len(experts) == 2 * 4 * 3
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("target", ["auto_round:mlx", "mlx"])
+def test_experts_are_loaded_packed_and_saved_apart(target, name, tiny_model, tmp_path):
+    arguments = {"scheme": "W4A16G32", "layer_config": {r"layers\.1\..*experts": "W8A16G32"}, "ignore_layers": ["layers.0.mlp"]}
+    write(tiny_model(name), tmp_path, f"{target},fake", **arguments)
+    fake = AutoModelForCausalLM.from_pretrained(tmp_path / "fake")
+    packed, report = AutoModelForCausalLM.from_pretrained(tmp_path / target, output_loading_info=True)
+    assert not any(report.values()), report
+    experts = [layer for name, layer in packed.named_modules() if isinstance(layer, PackedLinear) and ".experts." in name]
+    assert sorted(layer.spec.bits for layer in experts) == [4] * 12 + [8] * 12
     rows = tokens()[:2]
-    assert torch.equal(packed(rows).logits, fake(rows).logits)
+    expected = fake(rows).logits
+    assert torch.equal(packed(rows).logits, expected)
+    packed.save_pretrained(tmp_path / "again")
+    stored = load_file(tmp_path / "again" / "model.safetensors")
+    assert not any("switch_mlp" in key for key in stored)
+    assert sum(key.endswith(".scales") and ".experts." in key for key in stored) == len(experts)
+    again, report = AutoModelForCausalLM.from_pretrained(tmp_path / "again", output_loading_info=True)
+    assert not any(report.values()), report
+    assert torch.equal(again(rows).logits, expected)
+    base = AutoModel.from_pretrained(tmp_path / target)
+    assert torch.equal(base(rows).last_hidden_state, fake.model(rows).last_hidden_state)
+
+
+def test_experts_share_tensors_as_mlx_lm_calls_them(tiny_model, tmp_path):
+    arguments = {
+        "scheme": "W4A16G32",
+        "layer_config": {r"layers\.1\..*experts.*down_proj": "W8A16G32"},
+        "ignore_layers": ["layers.2.mlp"],
+    }
+    config = write(tiny_model("qwen3_moe"), tmp_path / "out", **arguments)
+    write(tiny_model("qwen3_moe"), tmp_path / "apart", "auto_round:mlx", **arguments)
+    stacked, apart = (load_file(tmp_path / folder / "model.safetensors") for folder in ("out", "apart"))
+    down, gate = (f"model.layers.1.mlp.switch_mlp.{name}_proj" for name in ("down", "gate"))
+    for expert in range(4):
+        for part in ("weight", "scales", "biases"):
+            assert torch.equal(stacked[f"{down}.{part}"][expert], apart[f"model.layers.1.mlp.experts.{expert}.down_proj.{part}"])
+    numbers = config["quantization"]
+    assert numbers[down] == {"bits": 8, "group_size": 32} and gate not in numbers and f"{gate}.scales" in stacked
+    assert numbers["model.layers.2.mlp.switch_mlp.down_proj"] is False
+    assert not any(".experts." in name for name in [*numbers, *config["quantization_config"]["extra_config"]])
 
 
 def test_its_configuration_is_read_as_mlx_lm_means_it():

@@ -103,6 +103,12 @@ def test_every_architecture(name, tiny_model, tmp_path):
     assert_same(write(source, tmp_path / "out", scheme="W4A16G32"), 8 if name == "gemma2" else 24)
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+def test_experts_of_many_kinds(name, tiny_model, tmp_path):
+    arguments = {"layer_config": {r"layers\.1\..*experts": "W8A16G32"}, "ignore_layers": ["layers.0.mlp"]}
+    assert_same(write(tiny_model(name), tmp_path / "out", scheme="W3A16", group_size=32, **arguments))
+
+
 def test_layers_of_many_kinds(tiny_model, tmp_path):
     kinds = {"k_proj": "W2A16G32", "up_proj": "W5A16G64", "layers.0.mlp.down_proj": "W8A16", "lm_head": "W6A16"}
     arguments = {"scheme": "W4A16", "layer_config": kinds, "ignore_layers": ["layers.1.self_attn.o_proj"]}
