@@ -32,7 +32,9 @@ from transformers import GenerationConfig, LogitsProcessor
 
 from hf_autoround.calibration.batches import SampledText
 from hf_autoround.errors import CalibrationError, CheckpointError
+from hf_autoround.models.attention import use_chunked_attention
 from hf_autoround.models.blocks import ModelParts
+from hf_autoround.models.cache import room_for
 from hf_autoround.models.loading import LazyModel, evict, load_keys
 from hf_autoround.models.memory import release_memory
 from hf_autoround.models.placement import Placement
@@ -98,6 +100,7 @@ def sample_text(
                 do_sample=False,
                 max_new_tokens=request.seqlen - ids.shape[1],
                 eos_token_id=None,
+                **room_for(lazy.model, request.seqlen),
             )
             sampled.append(output.cpu())
     return torch.cat(sampled)
@@ -131,9 +134,11 @@ class _Draw(LogitsProcessor):
 
 @contextmanager
 def _whole(lazy: LazyModel, parts: ModelParts, placement: Placement, dtype: torch.dtype) -> Iterator[None]:
-    """Have every weight in memory for the duration of a `with`."""
-    inside = tuple(f"{name}." for name in parts.block_names)
+    """Have every weight in memory for the duration of a `with`, and attention that is fast for one token at a time."""
+    inside, attention = tuple(f"{name}." for name in parts.block_names), lazy.model.config._attn_implementation
     try:
+        if placement.main.type == "cpu":
+            use_chunked_attention(lazy.model)
         load_keys(lazy, [key for key, name in lazy.keys.items() if not name.startswith(inside)], placement.main, dtype)
         for name in parts.block_names:
             load_keys(lazy, lazy.keys_under(name), placement.main, dtype)
@@ -143,6 +148,7 @@ def _whole(lazy: LazyModel, parts: ModelParts, placement: Placement, dtype: torc
                 raise CheckpointError(f"{lazy.name} holds no tensor for {name}")
         yield
     finally:
+        lazy.model.set_attn_implementation(attention)
         placement.gather(lazy.model)
         evict(lazy.model)
         lazy.model.tie_weights()

