@@ -1,6 +1,6 @@
 # `make demo` shows what this is, `make test` runs the suite, `make test-vllm` serves checkpoints with vLLM, `make test-mlx` runs
-# them with mlx-lm, `make test-compressed-tensors` with compressed-tensors. Each makes the virtual environments it needs first;
-# nothing else is needed.
+# them with mlx-lm, `make test-compressed-tensors` with compressed-tensors, `make test-gptqmodel` with gptqmodel (whose kernels
+# want a C++ compiler). Each makes the virtual environments it needs first; nothing else is needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,10 +8,11 @@ INSTALLED := $(VENV)/installed
 VLLM := .venv-vllm
 MLX := .venv-mlx
 COMPRESSED := .venv-compressed-tensors
+GPTQMODEL := .venv-gptqmodel
 # tests of a file share the models that they make, so they stay together; the longest test (Triton, interpreted) comes early
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-vllm test-mlx test-compressed-tensors lint test-versions clean
+.PHONY: demo test test-vllm test-mlx test-compressed-tensors test-gptqmodel lint test-versions clean
 
 demo: $(INSTALLED)
 	$(BIN)/hf-autoround demo
@@ -32,6 +33,10 @@ test-mlx: $(INSTALLED) $(MLX)/installed
 # beside a transformers that loads all of it
 test-compressed-tensors: $(COMPRESSED)/installed
 	$(COMPRESSED)/bin/python -m pytest tests/interop/test_compressed_tensors.py
+
+# it would be a backend in every test of the suite
+test-gptqmodel: $(GPTQMODEL)/installed
+	$(GPTQMODEL)/bin/python -m pytest tests/interop/test_gptqmodel_reads.py tests/backends/test_gptqmodel.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -57,6 +62,12 @@ $(COMPRESSED)/installed: pyproject.toml constraints.txt
 	$(COMPRESSED)/bin/python -m pip install --quiet --constraint constraints.txt torch
 	$(COMPRESSED)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]" \
 	  transformers==5.19.0 compressed-tensors==0.20.0
+	touch $@
+
+$(GPTQMODEL)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(GPTQMODEL)
+	$(GPTQMODEL)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(GPTQMODEL)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test,gptqmodel]"
 	touch $@
 
 $(MLX)/installed: Makefile

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """gptqmodel, and transformers through it, read `auto_gptq` and `auto_awq` checkpoints with the weights that we quantized.
 
-Needs `pip install gptqmodel==7.6.0 optimum` and a C++ compiler: its kernel for all but 4 bits compiles itself.
+Runs under `make test-gptqmodel`, or where it is installed; its kernel for all but 4 bits compiles itself.
 """
 
 import pytest
