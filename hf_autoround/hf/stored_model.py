@@ -149,7 +149,7 @@ def _refuse_others(model: PreTrainedModel, layers: Mapping[WeightSite, tuple[Sch
         if found := [layout for leaf, layout in marks.items() if f"{name}.{leaf}" in keys]:
             raise UnsupportedLayer(
                 f"{name} is quantized in this {found[0]} checkpoint, and packed layers stand for linear ones of the decoder "
-                "only; convert the model without quantizing its embeddings, or quantize the float model anew"
+                "only; convert the model with that layer in 16 bits, or quantize the float model anew"
             )
 
 
