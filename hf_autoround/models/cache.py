@@ -40,7 +40,7 @@ class _Roomy(DynamicLayer):
 
 
 def room_for(model: PreTrainedModel, tokens: int) -> dict[str, DynamicCache]:
-    """Return the argument of `generate` that gives a model such a cache. Windows that slide keep transformers' own."""
+    """Return the argument of `forward` that gives a model such a cache. Windows that slide keep transformers' own."""
     cache = DynamicCache(config=model.config)
     cache.layers = [_Roomy(tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # before 5.24

@@ -34,8 +34,7 @@ from hf_autoround.tuning.task import BlockResult, TunableWeight
 class EndToEndSettings:
     """How the stage goes. Rates are those of the first step: `lr` of the rounding; `range_lr` of the scales of 2-bit integers,
     others' follow from their data type's `range_rate` (tinystories at 8 bits: KL .00019; as fast as at 2 bits .00027);
-    `norm_lr` is relative to the size of a norm's weights. Held-out samples choose the best of the steps that are multiples of
-    `measure_every`.
+    `norm_lr` is relative to the size of a norm's weights. Held-out samples choose the best of twenty steps, or of every 25th.
 
     With `left` going from 1 to 0 the rate of the rounding falls as left^1.25, the others as left^2: what they move near the
     end is noise (tinystories at 2 bits, held-out KL: .340 against .350 when all fall linearly).
@@ -50,7 +49,11 @@ class EndToEndSettings:
     tunes_range: bool = True
     tunes_norms: bool = True
     held_out: int = 16
-    measure_every: int = 25
+
+    @property
+    def measure_every(self) -> int:
+        """After how many steps held-out samples are measured."""
+        return max(25, self.steps // 20)
 
     def rate(self, step: int) -> float:
         """Return the rate of the rounding at a step."""

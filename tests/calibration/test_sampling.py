@@ -36,6 +36,19 @@ def test_every_architecture_writes_whole_rows(name, tiny_model):
     assert (rows[:, 0] == 1).all() and len(rows[:, 1:].unique()) > 8
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_cold_text_is_what_greedy_search_writes(name, tiny_model):
+    data = tokens(4, 16)
+    data[:, 0] = 1
+    rows = sample(tiny_model(name), prompts=data, num=4, temperature=1e-6)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(name))
+    begun = rows[:, :5]
+    expected = model.generate(
+        begun, attention_mask=torch.ones_like(begun), max_new_tokens=11, do_sample=False, suppress_tokens=[2]
+    )
+    assert torch.equal(rows, expected)
+
+
 def test_the_seed_decides_and_nobodys_random_state_is_touched(tiny_model):
     torch.manual_seed(5)
     before = torch.get_rng_state()

@@ -21,8 +21,8 @@ def test_chunks_give_the_divergence_and_the_gradient_of_the_whole(rows):
     (expected * 0.25).backward()
     head = mine.clone().requires_grad_()
     found, gradient = backward(lambda x: x @ head.t(), lambda x: x @ theirs.t(), hidden, target, rows, 0.25)
-    every_fourth = sum(chunk[::4].mean() * len(chunk) for chunk in each.split(rows))
-    assert found.item() == pytest.approx(every_fourth.item())
+    some = sum(chunk[::16].mean() * len(chunk) for chunk in each.split(rows))
+    assert found.item() == pytest.approx(some.item())
     assert torch.allclose(gradient, leaf.grad) and torch.allclose(head.grad, weight.grad)
     assert divergence(lambda x: x @ mine.t(), lambda x: x @ theirs.t(), hidden, target, rows).item() == pytest.approx(
         expected.item()
