@@ -77,7 +77,9 @@ def _layer_config(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
         try:
             given = ast.literal_eval(given)
         except (ValueError, SyntaxError) as error:
-            raise AutoRoundError(f"layer_config is not a dict: {error}; write it as {{'k_proj': {{'bits': 8}}}}") from error
+            raise AutoRoundError(
+                f"layer_config is no dict in Python's words: {given}; write it as {{'k_proj': {{'bits': 8}}}}, names in quotes"
+            ) from error
     if given is None:
         return {}
     if not isinstance(given, Mapping):

@@ -25,9 +25,10 @@ from hf_autoround.streams.journal import write_atomically
 from hf_autoround.streams.shards import Item, SourceKey
 
 PARTIAL = ".partial"
+STATE = "trainer_state.json"
 DONE = f"{JOURNAL}.done"
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
-_NOT_COPIED = ("config.json", "model.safetensors.index.json", "README.md", "quantization_config.json", "trainer_state.json")
+_NOT_COPIED = ("config.json", "model.safetensors.index.json", "README.md", "quantization_config.json", STATE)
 
 
 @dataclass(frozen=True)
@@ -48,27 +49,31 @@ class OutputFolder:
 
     def finished(self) -> dict[str, Any] | None:
         """Return the state of an earlier run of ours that is complete here, or None."""
-        state = self.folder / "trainer_state.json"
+        state = self.folder / STATE
         whole = all((self.final(target) / "config.json").exists() for target in self.formats)
         if self.journal.exists() or not state.exists() or not whole:
             return None
         shutil.rmtree(self.folder / DONE, ignore_errors=True)
         return json.loads(state.read_text())
 
+    def refuse_other_files(self, ours: tuple[str, ...] = (JOURNAL, STATE)) -> None:
+        """Raise OutputError if the folder holds files, and none that is called as in `ours`."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise OutputError(f"{self.folder} is a file; give a folder")
+        there = sorted(path.name for path in self.folder.iterdir()) if self.folder.exists() else []
+        if there and not set(ours) & set(there):
+            more = ", ..." if len(there) > 3 else ""
+            raise OutputError(
+                f"{self.folder} is not empty ({', '.join(there[:3])}{more}); give another --output_dir, or empty it"
+            )
+
     def claim(self, resume: bool) -> None:
         """Make the folder ours, or refuse.
 
         Raises OutputError if it holds anything but an unfinished run of ours.
         """
-        if self.folder.exists() and not self.folder.is_dir():
-            raise OutputError(f"{self.folder} is a file; give a folder")
-        there = sorted(path.name for path in self.folder.iterdir()) if self.folder.exists() else []
-        if there and JOURNAL not in there:
-            more = ", ..." if len(there) > 3 else ""
-            raise OutputError(
-                f"{self.folder} is not empty ({', '.join(there[:3])}{more}); give another --output_dir, or empty it"
-            )
-        if JOURNAL in there and not resume:
+        self.refuse_other_files(ours=(JOURNAL,))
+        if self.journal.exists() and not resume:
             raise OutputError(
                 f"{self.folder} holds an unfinished run; go on with it (--resume, resume_from_checkpoint=True) "
                 "or remove the folder"
@@ -144,7 +149,7 @@ class OutputFolder:
 
     def finish(self, state: Mapping[str, Any]) -> None:
         """Write the run's state; what was needed to resume goes away after it."""
-        write_atomically(self.folder / "trainer_state.json", (json.dumps(dict(state), indent=2, sort_keys=True) + "\n").encode())
+        write_atomically(self.folder / STATE, (json.dumps(dict(state), indent=2, sort_keys=True) + "\n").encode())
 
     def _move(self, source: Path, final: Path) -> None:
         if final != self.folder:

@@ -113,6 +113,8 @@ def prepare(
     parts = model_parts(lazy.model)
     plan = plan_for(lazy.model, parts, scheme, args, formats, name=lazy.name)
     keys = source_keys(lazy, plan)
+    output = OutputFolder(Path(args.output_dir).expanduser(), formats)
+    output.refuse_other_files()  # before data is fetched; a run that starts refuses finished ones too
     needs_data = args.needs_data or any(needs_calibration(scheme) for scheme in plan.schemes.values())
     if processing_class is not None or needs_data:
         source = lazy.checkpoint.folder or lazy.name
@@ -142,7 +144,6 @@ def prepare(
         keep_on_cpu=args.low_gpu_mem_usage,
         amp=not args.disable_amp,
     )
-    output = OutputFolder(Path(args.output_dir).expanduser(), formats)
     return Run(args, lazy, parts, plan, keys, output, settings, processing_class, data, max_shard_size)
 
 

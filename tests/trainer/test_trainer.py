@@ -285,7 +285,9 @@ def test_mistakes_are_answered_before_any_work(tiny_model, tmp_path):
     refused(UnknownName, "no scheme is called", model, out, scheme="W4")
     refused(UnsupportedScheme, "bits=1 is not supported", model, out, bits=1)
     refused(UnsupportedScheme, "BF16 leaves every layer as it is", model, out, scheme="BF16", group_size=None)
-    refused(AutoRoundError, "layer_config is not a dict", model, out, layer_config="{'q_proj'")
+    refused(
+        AutoRoundError, "layer_config is no dict in Python's words: {'q_proj'; write it as", model, out, layer_config="{'q_proj'"
+    )
     refused(AutoRoundError, "max_shard_size='big' is no size", model, out, max_shard_size="big")
     refused(AutoRoundError, "this machine has no accelerator|there are", model, out, device_map=7)
     refused(AutoRoundError, "'gpu', which is no device", model, out, device_map="gpu")
@@ -311,6 +313,8 @@ def test_a_folder_of_somebody_elses_files_is_refused(tiny_model, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     refused(OutputError, r"is not empty \(thesis.tex\); give another --output_dir", tiny_model("llama"), tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "x"
+    with pytest.raises(OutputError, match="is not empty"):  # before the data, which may have to be fetched
+        RoundingTrainer(tiny_model("llama"), RoundingArguments(output_dir=str(tmp_path), dataset="nowhere.txt")).prepare()
     (tmp_path / "file").write_text("x")
     refused(OutputError, "is a file; give a folder", tiny_model("llama"), tmp_path / "file")
     done = tmp_path / "done"
