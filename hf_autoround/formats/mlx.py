@@ -98,8 +98,10 @@ class MLXFormat(AutoRoundMLXFormat):
         return {**_older_names(config), **config, QUANTIZATION: {**_numbers(base), "mode": "affine", **differing}}
 
     def note(self, plan: QuantPlan) -> str | None:
-        """Return None: mlx-lm fuses nothing."""
-        return None
+        """Return for which models mlx-lm (0.32) has another name for experts, if there are any; it fuses nothing."""
+        if all(site.expert is None for site in plan.sites):
+            return None
+        return "mlx: experts lie in switch_mlp, as mlx-lm calls them in all models but afmoe, dots1, gemma4, Klear and muse_spark"
 
 
 def expert_stack(name: str) -> str | None:

@@ -167,13 +167,14 @@ def test_experts_are_loaded_packed_and_saved_apart(target, name, tiny_model, tmp
     assert torch.equal(base(rows).last_hidden_state, fake.model(rows).last_hidden_state)
 
 
-def test_experts_share_tensors_as_mlx_lm_calls_them(tiny_model, tmp_path):
+def test_experts_share_tensors_as_mlx_lm_calls_them(tiny_model, tmp_path, caplog):
     arguments = {
         "scheme": "W4A16G32",
         "layer_config": {r"layers\.1\..*experts.*down_proj": "W8A16G32"},
         "ignore_layers": ["layers.2.mlp"],
     }
     config = write(tiny_model("qwen3_moe"), tmp_path / "out", **arguments)
+    assert "experts lie in switch_mlp" in caplog.text
     write(tiny_model("qwen3_moe"), tmp_path / "apart", "auto_round:mlx", **arguments)
     stacked, apart = (load_file(tmp_path / folder / "model.safetensors") for folder in ("out", "apart"))
     down, gate = (f"model.layers.1.mlp.switch_mlp.{name}_proj" for name in ("down", "gate"))
