@@ -33,11 +33,9 @@ class Format(Protocol):
     def config(self, plan: QuantPlan, names: Mapping[str, str]) -> dict[str, Any] | None: ...
     def note(self, plan: QuantPlan) -> str | None: ...
 
-    def stack(self, name: str, site: WeightSite) -> str | None:
-        """Return the layer whose tensors hold this one's at the number of its expert, or None: the layer has its own.
-
-        `name` is what the source's checkpoint calls the layer.
-        """
+    def stack(self, name: str) -> tuple[str, int] | None:
+        """Return the layer whose tensors hold those of `name`, a layer of the source's checkpoint, and at which place; None if
+        it has its own."""
         return None
 
     def model_config(self, config: Mapping[str, Any], plan: QuantPlan, names: Mapping[str, str]) -> dict[str, Any]:

@@ -31,7 +31,8 @@ from hf_autoround.scheme import BF16, Scheme, TensorSpec, integer_scheme
 
 QUANTIZATION = "quantization"  # what mlx-lm calls its part of config.json
 _LAYOUT = MLX()
-_EXPERT = re.compile(r"(.+)\.experts\.\d+\.(gate_proj|up_proj|down_proj|w[123])")
+_STACK = "switch_mlp"  # what most of mlx-lm's models call the experts of a layer
+_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj|w[123])")
 _PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}  # mixtral's names for them
 
 
@@ -77,12 +78,24 @@ class MLXFormat(AutoRoundMLXFormat):
         """Return why a site cannot be stored under a scheme, or None."""
         if site.transposed:
             return "mlx-lm turns the weights of a Conv1D when it loads them, and would turn packed ones"
-        if site.expert is not None and (site.fused_on_disk or expert_stack(site.name) is None):
+        if site.fused_on_disk or (site.expert is not None and expert_stack(site.name) is None):
             return "mlx-lm has other names for the experts of a model whose checkpoint fuses them (auto_round:mlx keeps each)"
         return super().refuse(site, scheme)
 
-    def stack(self, name: str, site: WeightSite) -> str | None:
-        """Return the layer that holds an expert's tensors at its number, or None for other layers."""
+    def refuse_plan(self, plan: QuantPlan) -> str | None:
+        """Return why schemes may not be mixed so, or None: what lies in one tensor has one scheme."""
+        first: dict[str, str] = {}
+        schemes = all_layers(plan)
+        for name, scheme in schemes.items():
+            stack, _ = expert_stack(name) or (name, 0)
+            other = first.setdefault(stack, name)
+            if scheme != schemes[other]:
+                mixed = f"{name} has {scheme.name} and {other} {schemes[other].name}"
+                return f"{mixed}, and it stores the experts of a layer in one tensor"
+        return None
+
+    def stack(self, name: str) -> tuple[str, int] | None:
+        """Return the layer that holds an expert's tensors, and the expert's number; None for other layers."""
         return expert_stack(name)
 
     def config(self, plan: QuantPlan, names: Mapping[str, str]) -> dict[str, Any]:
@@ -99,27 +112,27 @@ class MLXFormat(AutoRoundMLXFormat):
 
     def note(self, plan: QuantPlan) -> str | None:
         """Return for which models mlx-lm (0.32) has another name for experts, if there are any; it fuses nothing."""
-        if all(site.expert is None for site in plan.sites):
+        if not any(expert_stack(site.name) for site in plan.sites):
             return None
         return "mlx: experts lie in switch_mlp, as mlx-lm calls them in all models but afmoe, dots1, gemma4, Klear and muse_spark"
 
 
-def expert_stack(name: str) -> str | None:
-    """Return what mlx-lm calls the layer of all experts that a layer belongs to, None if it is no expert's."""
+def expert_stack(name: str) -> tuple[str, int] | None:
+    """Return what mlx-lm calls the layer of all experts that a layer belongs to, and its number there; None for others."""
     found = _EXPERT.fullmatch(name)
-    return f"{found[1]}.switch_mlp.{_PROJECTIONS.get(found[2], found[2])}" if found else None
+    return (f"{found[1]}.{_STACK}.{_PROJECTIONS.get(found[3], found[3])}", int(found[2])) if found else None
 
 
 def expert_apart(stack: str, layer: str) -> str:
     """Return what a file would call an expert's layer whose own name ends as `layer` does, and which lies in `stack` there."""
     _, *own = layer.rsplit(".", 3)
-    return ".".join([stack.rpartition(".switch_mlp.")[0], *own])
+    return ".".join([stack.rpartition(f".{_STACK}.")[0], *own])
 
 
 def _with_stacks(plan: QuantPlan, names: Mapping[str, str]) -> dict[str, str]:
     """Return layer name in memory -> in the file, for float experts too: mlx-lm puts those together itself."""
     own = {name: names.get(name, name) for name in all_layers(plan)}
-    return {name: expert_stack(key) or key for name, key in own.items()}
+    return {name: (expert_stack(key) or (key, 0))[0] for name, key in own.items()}
 
 
 def read_mlx_config(config: Mapping[str, Any]) -> StoredPlan:

@@ -28,14 +28,12 @@ def manifest(lazy: LazyModel, plan: QuantPlan, keys: list[SourceKey], target: Fo
         if not source.sites:
             tensors[source.key] = (entry.shape, entry.dtype)
         for name, site in source.sites:
-            stack = target.stack(name, site)
+            layer, place = target.stack(name) or (name, None)
             for part, (shape, dtype) in target.stored(plan, site, entry.dtype).items():
-                if stack is None:
-                    tensors[f"{name}.{part}"] = (shape, dtype)
-                else:
-                    assert site.expert is not None
-                    others = tensors.get(f"{stack}.{part}", ((0,), dtype))[0][0]
-                    tensors[f"{stack}.{part}"] = ((max(others, site.expert + 1), *shape), dtype)
+                if place is not None:
+                    so_far = tensors.get(f"{layer}.{part}", ((0,), dtype))[0][0]
+                    shape = (max(so_far, place + 1), *shape)
+                tensors[f"{layer}.{part}"] = (shape, dtype)
     return tensors
 
 
@@ -55,12 +53,9 @@ class CheckpointSink:
         """Write one item."""
         if isinstance(item.content, QuantizedLayer):
             assert item.site is not None
-            stack = self.target.stack(item.name, item.site)
+            layer, place = self.target.stack(item.name) or (item.name, None)
             for part, tensor in self.target.store(self.plan, item.site, item.content, self.dtypes[item.name]).items():
-                if stack is None:
-                    self.writer.add(f"{item.name}.{part}", tensor)
-                else:
-                    self.writer.add(f"{stack}.{part}", tensor, item.site.expert)
+                self.writer.add(f"{layer}.{part}", tensor, place)
         else:
             self.writer.add(item.name, item.content)
 

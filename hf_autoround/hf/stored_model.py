@@ -112,7 +112,8 @@ def _stacks(sites: Iterable[WeightSite], keys: Mapping[str, str]) -> dict[str, l
     layers = {name.rpartition(".")[0] for name in keys}
     stacks: dict[str, list[str]] = {}
     for site in sites:
-        if (stack := expert_stack(site.name)) in layers and stack is not None:
+        stack, _ = expert_stack(site.name) or ("", 0)
+        if stack in layers:
             stacks.setdefault(stack, []).append(site.name)
     return stacks
 

@@ -15,6 +15,7 @@ from hf_autoround.errors import UnsupportedLayer, UnsupportedScheme
 from hf_autoround.formats import MLXFormat, read_config
 from hf_autoround.layers.packed_linear import PackedLinear
 from hf_autoround.layers.sites import WeightSite
+from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.scheme import integer_scheme
 
 Q, DOWN, HEAD = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj", "lm_head"
@@ -185,6 +186,21 @@ def test_experts_share_tensors_as_mlx_lm_calls_them(tiny_model, tmp_path, caplog
     assert numbers[down] == {"bits": 8, "group_size": 32} and gate not in numbers and f"{gate}.scales" in stacked
     assert numbers["model.layers.2.mlp.switch_mlp.down_proj"] is False
     assert not any(".experts." in name for name in [*numbers, *config["quantization_config"]["extra_config"]])
+
+
+def test_experts_in_one_tensor_have_one_scheme():
+    """Also where each is a layer of its own in memory, so that nothing else asks for it."""
+    names = [f"model.layers.0.mlp.experts.{expert}.w1" for expert in (0, 1)]
+    sites = tuple(WeightSite(name, f"{name}.weight", (64, 64)) for name in names)
+    four, eight = integer_scheme(4, 64), integer_scheme(8, 64)
+    same = QuantPlan(four, sites, dict.fromkeys(names, four), {}, "model.layers")
+    assert MLXFormat().refuse_plan(same) is None
+    assert MLXFormat().stack(names[1]) == ("model.layers.0.mlp.switch_mlp.gate_proj", 1)
+    for mixed in (
+        QuantPlan(four, sites, {names[0]: four, names[1]: eight}, {}, "model.layers"),
+        QuantPlan(four, sites[:1], {names[0]: four}, {names[1]: "ignore_layers names it"}, "model.layers"),
+    ):
+        assert "it stores the experts of a layer in one tensor" in MLXFormat().refuse_plan(mixed)
 
 
 def test_its_configuration_is_read_as_mlx_lm_means_it():
