@@ -9,7 +9,7 @@ VLLM := .venv-vllm
 MLX := .venv-mlx
 COMPRESSED := .venv-compressed-tensors
 GPTQMODEL := .venv-gptqmodel
-# tests of a file share the models that they make, so they stay together; the longest test (Triton, interpreted) comes early
+# tests of a file share the models that they make, so they stay together; tests/conftest.py says which files come first
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-vllm test-mlx test-compressed-tensors test-gptqmodel lint test-versions clean

@@ -17,6 +17,17 @@ import hf_autoround  # noqa: F401
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+# files that take half a minute or more, the longest first: side by side they have to begin early
+LONG = (
+    "test_triton.py", "test_data_parallel.py", "test_real_models.py", "test_streams.py", "test_end_to_end.py", "test_backends.py",
+    "test_cli.py", "test_packaging.py", "test_examples.py", "test_peft.py", "test_trainer.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def quiet():
     torch.set_num_threads(1)

@@ -27,8 +27,8 @@ def test_tuning_beats_searching_beats_rounding(name, shared, tmp_path):
     scores = {"float": perplexity(AutoModelForCausalLM.from_pretrained(model, dtype="float32"), rows)}
     for method in ("rtn", "light"):
         AutoRound(
-            str(model), scheme="W2A16G64", recipe=method, dataset=str(shared / "text" / calibration), nsamples=32, seqlen=256,
-            disable_tqdm=True,
+            str(model), scheme="W2A16G64", recipe=method, dataset=str(shared / "text" / calibration), nsamples=16, seqlen=256,
+            batch_size=4, disable_tqdm=True,
         ).quantize_and_save(tmp_path / method)  # fmt: skip
         packed = AutoModelForCausalLM.from_pretrained(tmp_path / method, dtype="float32")
         scores[method] = perplexity(packed, rows)

@@ -2,6 +2,7 @@
 """Laws of the streams: every tensor once, two ways to the same bits, and a kill at any moment changes nothing."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -79,14 +80,23 @@ def test_every_tensor_comes_exactly_once(name, tiny_model):
     assert plain == {source.key for source in source_keys(lazy, plan) if not source.sites}
 
 
-RUN = """
-    import sys, torch
-    torch.set_num_threads(1)
+RUNS = """
+    import os, sys, torch
     sys.path.insert(0, {tests!r})
     from tiny import tokens
     from hf_autoround import RoundingArguments, RoundingTrainer
-    args = RoundingArguments(output_dir=sys.argv[1], scheme="W2A16G32", format="auto_round,fake", disable_tqdm=True, **{more!r})
-    RoundingTrainer({model!r}, args, train_dataset=tokens(32, 32)).train(resume_from_checkpoint=True)
+    import transformers.models.qwen3_moe.modeling_qwen3_moe
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            torch.set_num_threads(1)
+            args = RoundingArguments(
+                output_dir=line.strip(), scheme="W2A16G32", format="auto_round,fake", disable_tqdm=True, **{more!r}
+            )
+            RoundingTrainer({model!r}, args, train_dataset=tokens(32, 32)).train(resume_from_checkpoint=True)
+            break
+        print(child, flush=True)
+        print(os.waitpid(child, 0)[1], flush=True)
 """
 
 
@@ -110,29 +120,37 @@ WHOLE = (
     ids=["blocks", "end to end"],
 )
 def test_killed_and_resumed_equals_undisturbed(more, moments, tiny_model, tmp_path):
-    script = textwrap.dedent(RUN.format(tests=str(Path(__file__).parents[1]), model=str(tiny_model("qwen3_moe")), more=more))
+    script = textwrap.dedent(RUNS.format(tests=str(Path(__file__).parents[1]), model=str(tiny_model("qwen3_moe")), more=more))
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-
-    def start(folder):
-        return subprocess.Popen([sys.executable, "-c", script, str(folder)], env=environment, stderr=subprocess.DEVNULL)
-
-    assert start(tmp_path / "whole").wait() == 0
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     torn, kills = tmp_path / "torn", 0
-    for pattern in moments:
-        process = start(torn)
-        deadline = time.time() + 120
-        while process.poll() is None and not list(torn.glob(pattern)) and time.time() < deadline:
-            time.sleep(0.001)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
-        assert not list(torn.glob("**/auto_round/config.json")) or not list(torn.glob(".partial/auto_round/config.json"))
-    assert kills >= 3
-    assert start(torn).wait() == 0
-    assert contents(torn) == contents(tmp_path / "whole")
-    assert start(torn).wait() == 0  # finished already: nothing happens
-    assert contents(torn) == contents(tmp_path / "whole")
+    # one interpreter, in which torch and transformers are imported, forks a process for each run
+    with subprocess.Popen([sys.executable, "-c", script], env=environment, **pipes) as runs:
+
+        def start(folder):
+            print(folder, file=runs.stdin, flush=True)
+            return int(runs.stdout.readline())
+
+        def finish(folder):
+            start(folder)
+            assert int(runs.stdout.readline()) == 0
+
+        finish(tmp_path / "whole")
+        for pattern in moments:
+            process, deadline = start(torn), time.time() + 120
+            while not (ended := select.select([runs.stdout], [], [], 0.001)[0]) and time.time() < deadline:
+                if list(torn.glob(pattern)):
+                    break
+            if not ended:
+                os.kill(process, signal.SIGKILL)
+            kills += int(runs.stdout.readline()) == signal.SIGKILL
+            assert not list(torn.glob("**/auto_round/config.json")) or not list(torn.glob(".partial/auto_round/config.json"))
+        assert kills >= 3
+        finish(torn)
+        assert contents(torn) == contents(tmp_path / "whole")
+        finish(torn)  # finished already: nothing happens
+        assert contents(torn) == contents(tmp_path / "whole")
+        runs.stdin.close()
 
 
 def interrupted(model, folder, **arguments):
