@@ -11,7 +11,7 @@ from hf_autoround.numerics import QuantizedTensor, Tunables
 from hf_autoround.numerics.grouping import rows_together
 from hf_autoround.tuning.task import BlockResult, BlockTask, OnStep, TunableWeight, TuningSettings
 
-_CHUNK = 1 << 21  # elements decided at once: the scratch memory is a few copies of this many floats
+_CHUNK = 1 << 19  # elements decided at once: the scratch memory is a few copies of this many floats, and stays in the cache
 
 
 @torch.no_grad()
