@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hf_autoround.backends.base import Backend, compute_dtype, every_reason, multiply
-from hf_autoround.backends.int4_order import Segment, measured_order, transposed
+from hf_autoround.backends.int4_order import Int4Order, Segment, measured_order, transposed
 from hf_autoround.layers.packed_linear import PackedLinear, Repacked
 from hf_autoround.layouts import IntegerLayout
 from hf_autoround.numerics.grouping import group_columns
@@ -56,6 +56,7 @@ class Int4Codes(Repacked):
         if self.width == 4:
             self.register_buffer("high", order.pack(codes), persistent=False)
             self.register_buffer("high_scales", _for_kernel(scales, zero), persistent=False)
+            self.register_buffer("low", None, persistent=False)
         else:
             self.register_buffer("high", order.pack(codes >> 4), persistent=False)
             self.register_buffer("high_scales", _for_kernel(16 * scales, zero), persistent=False)
@@ -89,42 +90,9 @@ class Int4Codes(Repacked):
         outputs = _kernel(rows, self.high, self.high_scales, self.group)
         return outputs if self.width == 4 else outputs + _kernel(rows, self.low, self.low_scales, self.group)
 
-    def pieces(self, layer: PackedLinear, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the weight, some rows at a time: (rows, K). A piece is overwritten by the next."""
-        columns, exact = layer.in_features, torch.promote_types(dtype, torch.float32)
-        scales = _by_rows(self.scales(layer, exact))
-        zeros = None if self.zeros is None else _by_rows(self.zeros)
-        most = min(max(_PIECE // columns // 64, 1) * 64, layer.out_features)
-        codes, piece = torch.empty(most, columns, dtype=torch.uint8), torch.empty(most, columns, dtype=dtype)
-        scratch = torch.empty(min(max(_SCRATCH // columns, 1), most), columns, dtype=exact)
-        lows = self.order.segments(self.low, most) if self.width == 8 else None
-        for part in self.order.segments(self.high, most):
-            rows, size = slice(part.first, part.last), part.last - part.first
-            self._write_codes(codes[:size], part, None if lows is None else next(lows))
-            numbers = codes[:size].view(torch.int8)
-            if self.width == 4:  # their difference to any zero fits into int8, which costs a quarter of float32
-                numbers = numbers.unflatten(1, (-1, self.group)).sub_(8 if zeros is None else zeros[rows].view(torch.int8))
-            else:
-                numbers = codes[:size].bitwise_xor_(128).view(torch.int8).unflatten(1, (-1, self.group))
-            for first in range(0, size, len(scratch)):
-                some = slice(first, min(first + len(scratch), size))
-                values = scratch[: some.stop - first].unflatten(1, (-1, self.group)).copy_(numbers[some])
-                if self.width == 8 and zeros is not None:
-                    values.sub_(zeros[rows][some].to(exact) - 128)
-                piece[some].copy_(values.mul_(scales[rows][some]).flatten(1))
-            yield rows, piece[:size]
-
-    def _write_codes(self, codes: Tensor, high: Segment, low: Segment | None) -> None:
-        """Write a segment's codes, (rows, K) uint8."""
-        blocks = codes.unflatten(0, (len(high.bytes), -1))
-        low_rows, high_rows = blocks[:, high.side(0)], blocks[:, high.side(1)]
-        if low is None:
-            both = transposed(high.bytes)
-            low_rows.copy_(both & 15)  # without out=, which torch.compile refuses for a view
-            high_rows.copy_(both.bitwise_right_shift_(4))
-        else:
-            low_rows.copy_(transposed((high.bytes << 4).bitwise_or_(low.bytes & 15)))
-            high_rows.copy_(transposed((high.bytes & 240).bitwise_or_(low.bytes >> 4)))
+    def operands(self, layer: PackedLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Return what `int4_matmul` takes for inputs of a dtype."""
+        return self.high, self.low, self.scales(layer, torch.promote_types(dtype, torch.float32)), self.zeros
 
 
 class CPUInt4(Backend):
@@ -162,19 +130,90 @@ def _outputs(layer: PackedLinear, rows: Tensor) -> Tensor:
     dtype = compute_dtype(rows)
     if dtype == torch.bfloat16 and 0 < len(rows) <= _FEW[codes.width]:
         return codes.few(rows.to(dtype)).to(rows.dtype)
-    values, outputs = rows.to(dtype), torch.empty(len(rows), layer.out_features, dtype=dtype)
-    for some, piece in codes.pieces(layer, dtype):
-        outputs[:, some] = values @ piece.t()
-    return outputs.to(rows.dtype)
+    product = torch.ops.hf_autoround.int4_matmul if torch.compiler.is_compiling() else int4_matmul
+    return product(rows.to(dtype), *codes.operands(layer, dtype)).to(rows.dtype)
 
 
 def _input_gradient(layer: PackedLinear, gradient: Tensor) -> Tensor:
     codes = cast(Int4Codes, layer.repacked)
-    values = gradient.to(compute_dtype(gradient))
-    total = torch.zeros(len(gradient), layer.in_features, dtype=torch.promote_types(values.dtype, torch.float32))
-    for some, piece in codes.pieces(layer, values.dtype):
-        total += values[:, some] @ piece
-    return total.to(gradient.dtype)
+    dtype = compute_dtype(gradient)
+    product = torch.ops.hf_autoround.int4_matmul_back if torch.compiler.is_compiling() else int4_matmul_back
+    return product(gradient.to(dtype), *codes.operands(layer, dtype)).to(gradient.dtype)
+
+
+def int4_matmul(rows: Tensor, high: Tensor, low: Tensor | None, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """Dequantize and multiply: rows (M, K) by the codes and scales (G, N) of `Int4Codes` -> (M, N), in the dtype of the rows."""
+    outputs = rows.new_empty(len(rows), len(high))
+    for some, piece in _pieces(rows.dtype, high, low, scales, zeros):
+        outputs[:, some] = rows @ piece.t()
+    return outputs
+
+
+def int4_matmul_back(rows: Tensor, high: Tensor, low: Tensor | None, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """The same with the weight's transpose: (M, N) -> (M, K), in the dtype of the rows, summed in the scales'."""
+    total = rows.new_zeros(len(rows), high.shape[1] * 2, dtype=scales.dtype)
+    for some, piece in _pieces(rows.dtype, high, low, scales, zeros):
+        total += rows[:, some] @ piece
+    return total.to(rows.dtype)
+
+
+def _pieces(
+    dtype: torch.dtype, high: Tensor, low: Tensor | None, scales: Tensor, zeros: Tensor | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the weight, some rows at a time: (rows, K). A piece is overwritten by the next."""
+    outputs, columns = len(high), high.shape[1] * 2
+    group, order = columns // len(scales), cast(Int4Order, measured_order(outputs))
+    scales = _by_rows(scales)
+    zeros = None if zeros is None else _by_rows(zeros)
+    most = min(max(_PIECE // columns // 64, 1) * 64, outputs)
+    codes, piece = torch.empty(most, columns, dtype=torch.uint8), torch.empty(most, columns, dtype=dtype)
+    scratch = torch.empty(min(max(_SCRATCH // columns, 1), most), columns, dtype=scales.dtype)
+    lows = None if low is None else order.segments(low, most)
+    for part in order.segments(high, most):
+        rows, size = slice(part.first, part.last), part.last - part.first
+        _write_codes(codes[:size], part, None if lows is None else next(lows))
+        numbers = codes[:size].view(torch.int8)
+        if lows is None:  # their difference to any zero fits into int8, which costs a quarter of float32
+            numbers = numbers.unflatten(1, (-1, group)).sub_(8 if zeros is None else zeros[rows].view(torch.int8))
+        else:
+            numbers = codes[:size].bitwise_xor_(128).view(torch.int8).unflatten(1, (-1, group))
+        for first in range(0, size, len(scratch)):
+            some = slice(first, min(first + len(scratch), size))
+            values = scratch[: some.stop - first].unflatten(1, (-1, group)).copy_(numbers[some])
+            if lows is not None and zeros is not None:
+                values.sub_(zeros[rows][some].to(values.dtype) - 128)
+            piece[some].copy_(values.mul_(scales[rows][some]).flatten(1))
+        yield rows, piece[:size]
+
+
+def _write_codes(codes: Tensor, high: Segment, low: Segment | None) -> None:
+    """Write a segment's codes, (rows, K) uint8."""
+    blocks = codes.unflatten(0, (len(high.bytes), -1))
+    low_rows, high_rows = blocks[:, high.side(0)], blocks[:, high.side(1)]
+    if low is None:
+        both = transposed(high.bytes)
+        torch.bitwise_and(both, 15, out=low_rows)
+        torch.bitwise_right_shift(both, 4, out=high_rows)
+    else:
+        low_rows.copy_(transposed((high.bytes << 4).bitwise_or_(low.bytes & 15)))
+        high_rows.copy_(transposed((high.bytes & 240).bitwise_or_(low.bytes >> 4)))
+
+
+# The same as operators, which torch.compile takes as they are: of these passes over bytes it makes code that is ten times slower.
+for _function in (int4_matmul, int4_matmul_back):
+    _name = f"hf_autoround::{_function.__name__}"
+    torch.library.define(_name, torch.library.infer_schema(_function, mutates_args=()))
+    torch.library.impl(_name, "default", _function)
+
+
+@torch.library.register_fake("hf_autoround::int4_matmul")
+def _(rows: Tensor, high: Tensor, low: Tensor | None, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    return rows.new_empty(rows.shape[0], high.shape[0])
+
+
+@torch.library.register_fake("hf_autoround::int4_matmul_back")
+def _(rows: Tensor, high: Tensor, low: Tensor | None, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    return rows.new_empty(rows.shape[0], high.shape[1] * 2)
 
 
 def kernel_group(layer: PackedLinear) -> int | None:
