@@ -103,7 +103,7 @@ def read_awq_config(config: Mapping[str, Any]) -> StoredPlan:
     overrides |= {_skipped(key): BF16 for key in config.get("modules_to_not_convert") or ()}
     if config.get("lm_head"):
         overrides["lm_head"] = scheme
-    return StoredPlan(lambda spec: _LAYOUT, scheme, overrides, stored_blocks(config))
+    return StoredPlan(lambda scheme: _LAYOUT, scheme, overrides, stored_blocks(config))
 
 
 def _scheme(config: Mapping[str, Any], base: Scheme) -> Scheme:

@@ -117,7 +117,7 @@ def read_gptq_config(config: Mapping[str, Any]) -> StoredPlan:
     for head in _HEADS:
         first = next((chosen for pattern, chosen in rules.items() if re.match(pattern, head)), scheme)
         overrides[head] = first if config.get("lm_head") else BF16
-    return StoredPlan(lambda spec: _VERSIONS[version], scheme, overrides, stored_blocks(config))
+    return StoredPlan(lambda scheme: _VERSIONS[version], scheme, overrides, stored_blocks(config))
 
 
 def _scheme(config: Mapping[str, Any], base: Scheme | None = None) -> Scheme:

@@ -131,7 +131,7 @@ def read_auto_round_config(config: Mapping[str, Any]) -> StoredPlan:
         name: resolve_scheme({key: value[key] for key in SCHEME_KEYS if value.get(key) is not None}, base=scheme)
         for name, value in (config.get("extra_config") or {}).items()
     }
-    return StoredPlan(lambda spec: layout_for(spec, packing), scheme, overrides, stored_blocks(config))
+    return StoredPlan(lambda each: layout_for(each.weight, packing), scheme, overrides, stored_blocks(config))
 
 
 def layout_for(spec: TensorSpec, packing: str) -> Layout:

@@ -15,7 +15,7 @@ from hf_autoround.layers.sites import QuantizedLayer, WeightSite
 from hf_autoround.layouts import Layout
 from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.planning.resolve import matching
-from hf_autoround.scheme import Scheme, TensorSpec
+from hf_autoround.scheme import Scheme
 
 StoredTensor = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a tensor in a file
 
@@ -71,18 +71,30 @@ def refuse_ragged(site: WeightSite) -> str | None:
     return None
 
 
+def refuse_not_linear(site: WeightSite) -> str | None:
+    """Return why readers that look for a `Linear` of a site's name would find none, or None."""
+    if site.fused_on_disk:
+        return "its readers take every expert's own weight, and the checkpoint fuses them"
+    return "its readers take a Linear, and it is a Conv1D" if site.transposed else None
+
+
+def kept_names(plan: QuantPlan, names: Mapping[str, str]) -> list[str]:
+    """Return what stays in 16 bits as the checkpoint calls it, and as the model does where that is another name."""
+    return sorted({*plan.kept, *(names.get(name, name) for name in plan.kept)})
+
+
 def stored_blocks(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the paths of the quantized lists of blocks that a configuration names."""
     blocks = config.get("block_name_to_quantize") or config.get("to_quant_block_names") or ()
     return tuple(blocks.replace(" ", "").split(",")) if isinstance(blocks, str) else tuple(blocks)
 
 
-LayoutOf = Callable[[TensorSpec], Layout]
+LayoutOf = Callable[[Scheme], Layout]
 
 
 @dataclass(frozen=True)
 class StoredPlan:
-    """What a checkpoint's configuration says: the layout of each kind of numbers, the base scheme, and what differs by name or
+    """What a checkpoint's configuration says: the layout of each scheme, the base scheme, and what differs by name or
     pattern.
 
     `blocks` are the paths of the quantized lists of blocks; empty means wherever the decoder blocks are.

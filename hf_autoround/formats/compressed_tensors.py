@@ -108,7 +108,7 @@ def read_compressed_tensors_config(config: Mapping[str, Any]) -> StoredPlan:
         raise UnsupportedScheme("this compressed-tensors configuration has no config_groups: there is nothing quantized")
     by_class: Scheme | None = None
     overrides: dict[str, Scheme] = {}
-    layouts: dict[TensorSpec, Layout] = {}
+    layouts: dict[Scheme, Layout] = {}
     for name, group in groups.items():
         form = group.get("format") or config.get("format")
         if form not in LAYOUTS:
@@ -116,8 +116,7 @@ def read_compressed_tensors_config(config: Mapping[str, Any]) -> StoredPlan:
                 f"a compressed-tensors checkpoint in the form {form!r} is not supported; there are {', '.join(LAYOUTS)}"
             )
         scheme = _scheme(name, group)
-        assert scheme.weight is not None
-        layouts[scheme.weight] = LAYOUTS[form]
+        layouts[scheme] = LAYOUTS[form]
         for target in group.get("targets") or ():
             if target == "Linear":
                 by_class = scheme

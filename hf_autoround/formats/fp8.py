@@ -8,7 +8,7 @@ and takes a block's size from the shapes: what is larger than a block has to be 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,15 @@ from torch import Tensor
 
 from hf_autoround import __version__
 from hf_autoround.errors import UnsupportedScheme
-from hf_autoround.formats.base import Format, StoredPlan, StoredTensor, packed_tensors, stored_tensors
+from hf_autoround.formats.base import (
+    Format,
+    StoredPlan,
+    StoredTensor,
+    kept_names,
+    packed_tensors,
+    refuse_not_linear,
+    stored_tensors,
+)
 from hf_autoround.layers.sites import QuantizedLayer, WeightSite
 from hf_autoround.layouts import FLOAT8
 from hf_autoround.planning.fused import note_mixed
@@ -40,11 +48,13 @@ class FP8Format(Format):
             return f"it stores {_SCHEME.name}, not {scheme.name}"
         if any(size > _BLOCK and size % _BLOCK for size in site.shape):
             return f"its shape {site.shape} is not whole blocks of {_BLOCK} both ways"
-        return None
+        return refuse_not_linear(site)
 
     def refuse_plan(self, plan: QuantPlan) -> str | None:
-        """Return None: what is not quantized is listed."""
-        return None
+        """Return why a plan cannot be stored, or None: transformers converts all experts of a layer or none."""
+        converted = _experts(site.name for site in plan.sites)
+        both = [name for name in sorted(plan.kept) if _experts([name]) & converted]
+        return f"its readers quantize the experts of a layer together, and {both[0]} would stay in 16 bits" if both else None
 
     def stored(self, plan: QuantPlan, site: WeightSite, dtype: torch.dtype) -> dict[str, StoredTensor]:
         """Return name inside the layer -> (shape, dtype)."""
@@ -56,18 +66,24 @@ class FP8Format(Format):
 
     def config(self, plan: QuantPlan, names: Mapping[str, str]) -> dict[str, Any]:
         """Return `quantization_config`; `names` maps layer names to what the checkpoint calls them."""
+        kept = kept_names(plan, names)
         return {
             "quant_method": QUANT_METHOD,
             "activation_scheme": "dynamic",
             "fmt": "e4m3",
             "weight_block_size": [_BLOCK, _BLOCK],
-            "modules_to_not_convert": [names.get(name, name) for name in sorted(plan.kept)],
+            "modules_to_not_convert": sorted({*kept, *_experts(kept)}),
             "provider": f"hf_autoround {__version__}",
         }
 
     def note(self, plan: QuantPlan) -> str | None:
         """Return which runtimes will not read this plan's checkpoint well, or None."""
         return note_mixed(plan)
+
+
+def _experts(names: Iterable[str]) -> set[str]:
+    """Return the modules that hold the experts among some layers."""
+    return {found[1] for name in names if (found := re.fullmatch(r"(.+\.experts)\.\d+\.[^.]+", name))}
 
 
 def read_fp8_config(config: Mapping[str, Any]) -> StoredPlan:
@@ -85,4 +101,4 @@ def read_fp8_config(config: Mapping[str, Any]) -> StoredPlan:
     kept = config.get("modules_to_not_convert") or config.get("ignored_layers") or ()
     # the start of a name up to a dot, or its end
     overrides = {rf"^{re.escape(name)}(\.|$)|(^|\.){re.escape(name)}$": BF16 for name in kept}
-    return StoredPlan(lambda spec: FLOAT8, scheme, overrides)
+    return StoredPlan(lambda scheme: FLOAT8, scheme, overrides)

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from hf_autoround import __version__
-from hf_autoround.formats.base import Format, StoredTensor, packed_tensors, refuse_ragged, stored_tensors
+from hf_autoround.formats.base import (
+    Format,
+    StoredTensor,
+    kept_names,
+    packed_tensors,
+    refuse_not_linear,
+    refuse_ragged,
+    stored_tensors,
+)
 from hf_autoround.formats.compressed_tensors import LAYOUTS, form_of, group_of, refuse_words
 from hf_autoround.layers.sites import QuantizedLayer, WeightSite
 from hf_autoround.planning.fused import note_mixed
@@ -35,6 +43,8 @@ class LLMCompressorFormat(Format):
         """Return why a site cannot be stored under a scheme, or None."""
         weight = scheme.weight
         assert weight is not None
+        if reason := refuse_not_linear(site):
+            return reason
         for spec in (weight, scheme.activation):
             if spec is not None and isinstance(spec.granularity, PerGroup) and site.shape[1] % spec.granularity.size:
                 return f"its readers cut {spec.granularity.size} inputs at a time, and {site.shape[1]} is no multiple of that"
@@ -68,7 +78,7 @@ class LLMCompressorFormat(Format):
             "format": forms.pop() if len(forms) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
-            "ignore": [names.get(name, name) for name in sorted(plan.kept)],
+            "ignore": kept_names(plan, names),
             "kv_cache_scheme": None,
             "provider": f"hf_autoround {__version__}",
         }

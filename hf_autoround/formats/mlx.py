@@ -33,6 +33,7 @@ QUANTIZATION = "quantization"  # what mlx-lm calls its part of config.json
 _LAYOUT = MLX()
 _STACK = "switch_mlp"  # what most of mlx-lm's models call the experts of a layer
 _EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj|w[123])")
+_RENAMED = {"gpt_neox.layers"}  # blocks that mlx-lm has other names for
 _PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}  # mixtral's names for them
 
 
@@ -86,6 +87,8 @@ class MLXFormat(AutoRoundMLXFormat):
         """Return why schemes may not be mixed so, or None: what lies in one tensor has one scheme."""
         first: dict[str, str] = {}
         schemes = all_layers(plan)
+        if plan.blocks in _RENAMED and len(set(plan.schemes.values())) > 1:
+            return f"mlx-lm calls what lies in {plan.blocks} otherwise, and would not find the schemes of single layers"
         for name, scheme in schemes.items():
             stack, _ = expert_stack(name) or (name, 0)
             other = first.setdefault(stack, name)
@@ -146,7 +149,7 @@ def read_mlx_config(config: Mapping[str, Any]) -> StoredPlan:
             raise UnsupportedScheme(f"an MLX checkpoint of mode {mode!r} is not supported; there is affine")
     overrides = {name: integer_scheme(layer["bits"], layer["group_size"], sym=False) for name, layer in layers.items()}
     overrides |= {name: BF16 for name, value in config.items() if value is False and "." in name}
-    return StoredPlan(lambda spec: _LAYOUT, integer_scheme(config["bits"], config["group_size"], sym=False), overrides)
+    return StoredPlan(lambda scheme: _LAYOUT, integer_scheme(config["bits"], config["group_size"], sym=False), overrides)
 
 
 def _weight(scheme: Scheme) -> TensorSpec:

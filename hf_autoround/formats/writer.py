@@ -69,9 +69,10 @@ class CheckpointSink:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def checkpoint_names(keys: list[SourceKey]) -> dict[str, str]:
-    """Return layer name in memory -> name in the checkpoint."""
-    return {site.name: name for source in keys for name, site in source.sites}
+def checkpoint_names(lazy: LazyModel, keys: list[SourceKey]) -> dict[str, str]:
+    """Return layer name in memory -> name in the checkpoint, also of what is not quantized."""
+    plain = {name.removesuffix(".weight"): key.removesuffix(".weight") for key, name in lazy.keys.items()}
+    return plain | {site.name: name for source in keys for name, site in source.sites}
 
 
 def write_config(

@@ -65,7 +65,7 @@ def read_stored_model(model: PreTrainedModel, stored: StoredPlan, files: Iterabl
         own = names.get(site.name, site.name)
         inside = any(name.startswith(f"{path}.") for path in stored.blocks or (parts.blocks,) for name in (site.name, own))
         scheme = stored.scheme_of(own, inside)
-        layout = None if scheme is None or scheme.weight is None else stored.layout_of(scheme.weight).as_stored(dtypes)
+        layout = None if scheme is None or scheme.weight is None else stored.layout_of(scheme).as_stored(dtypes)
         if scheme is not None and layout is not None and (not files or _is_packed(site, scheme, layout, keys)):
             layers[site] = scheme, _indexed(layout) if site.name in scattered_layers else layout
             continue

@@ -113,8 +113,8 @@ class Integer(DataType):
 
     def quantize(self, groups: Tensor, spec: TensorSpec, tunables: IntegerTunables) -> QuantizedTensor:
         """Return the grid values of `groups` (..., G, S) under `tunables`, differentiable in what is learned."""
-        # float16, as every int4 kernel reads it: rounding the scale *before* dividing makes the trained codes and the
-        # kernel's arithmetic agree to the last bit.
+        # as every int4 kernel reads it: rounding the scale *before* dividing makes the trained codes and the kernel's
+        # arithmetic agree to the last bit
         scale = effective_scale(tunables.start * tunables.scale)
         low, high = grid(spec)
         elements = _ToGrid.apply(groups, scale, tunables.rounding, tunables.zero_point, low, high)
@@ -166,8 +166,12 @@ def grid(spec: TensorSpec) -> tuple[int, int]:
 
 
 def effective_scale(scale: Tensor) -> Tensor:
-    """Return the scale as it is stored: rounded to float16, no nearer to zero than SMALLEST_SCALE; float32, signed."""
-    rounded = round_to_float16(scale)
+    """Return the scale as it is stored and served: exact in float16 and in bfloat16, no nearer to zero than SMALLEST_SCALE;
+    float32, signed.
+
+    Formats store float16, and engines that run a model in bfloat16 round that again: weights would move by 1.5e-3.
+    """
+    rounded = round_to_float16(round_to_bfloat16(scale))
     floor = torch.where(rounded < 0, -SMALLEST_SCALE, SMALLEST_SCALE)
     return torch.where(rounded.abs() < SMALLEST_SCALE, round_to_float16(floor), rounded)
 

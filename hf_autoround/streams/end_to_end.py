@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, Protocol
@@ -20,6 +21,7 @@ from typing import Any, Literal, Protocol
 import psutil
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from hf_autoround.errors import CalibrationError
 from hf_autoround.layers.activations import InputQuantizer, quantized_inputs
@@ -33,6 +35,7 @@ from hf_autoround.streams.visits import Visits
 from hf_autoround.tuning import BlockResult, teacher
 from hf_autoround.tuning.end_to_end import EndToEndSettings, EndToEndTask, LearnedBlock, Progress, end_to_end, first_state
 
+logger = logging.get_logger(__name__)
 Residence = Literal["auto", "resident", "streamed"]
 
 
@@ -121,6 +124,11 @@ class _Stage:
         return self.events.step_ends(step, loss, lr)
 
     def measured(self, progress: Progress, held_out: float) -> None:
+        if not isfinite(held_out):
+            logger.warning(
+                f"end to end tuning has diverged by step {progress.step}: the best so far, of step {progress.best_step}, is "
+                f"kept; a smaller end_to_end_lr than {self.tuning.lr:.3g} may help"
+            )
         if progress.best_step == progress.step:
             results = ((unit.key, block.finished()) for unit, block in zip(self.units, self.blocks, strict=True))
             self.settings.processes.from_main(partial(self.record.put_best, progress.step, results))
@@ -247,9 +255,9 @@ class _Stage:
         )
 
     def _keep_what_fits(self, one: int) -> None:
-        """Decide, when the first step tells what one block's forward takes, for how many it is kept for the backward."""
-        if self.kept_blocks == 0:
-            room = _free_memory(self.walk.device) // (2 * max(one, 1)) if self.residence == "resident" else 0
+        """Decide, when the first step with samples tells what one block's forward takes, for how many it is kept."""
+        if self.kept_blocks == 0 and one:
+            room = _free_memory(self.walk.device) // (2 * one) if self.residence == "resident" else 0
             self.kept_blocks = max(1, min(room, len(self.runners)))
 
     @property

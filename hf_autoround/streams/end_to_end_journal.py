@@ -61,6 +61,8 @@ class EndToEndJournal:
             write_atomically(folder / "progress.json", _text(progress, log))
 
         self._write("checkpoint", progress.step, write)
+        self._keep_only("checkpoint", {progress.step})
+        self._keep_only("best", {progress.best_step})
 
     def put_best(self, step: int, blocks: Iterable[tuple[str, BlockResult]]) -> None:
         """Write the blocks as they ship."""
@@ -70,6 +72,8 @@ class EndToEndJournal:
                 Journal(folder, {}).put(unit, result, {})
 
         self._write("best", step, write)
+        latest = self.latest()  # a resumed run begins there, and may not find this best again
+        self._keep_only("best", {step} if latest is None else {step, latest[0].best_step})
 
     def best(self, step: int) -> Journal:
         """Return the best result, which was found at a step."""
@@ -78,24 +82,27 @@ class EndToEndJournal:
     def finish(self, progress: Progress, log: list[dict[str, Any]]) -> None:
         """Say that the stage is over."""
         write_atomically(self.folder / "finished.json", _text(progress, log))
-        for folder in self.folder.glob("checkpoint-*"):
-            shutil.rmtree(folder)
+        self._keep_only("checkpoint", set())
+        self._keep_only("best", {progress.best_step})
 
     def _write(self, kind: str, step: int, write: Callable[[Path], None]) -> None:
         whole = self.folder / _name(kind, step)
         partial = whole.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        if not whole.exists():
-            try:
-                partial.mkdir(parents=True)
-                write(partial)
-                os.sync()
-                os.replace(partial, whole)
-            except (SafetensorError, OSError) as error:
-                raise OutputError(f"cannot write {partial}: {error}; make room and resume") from error
-        for other in self.folder.glob(f"{kind}-*"):
-            if other != whole:
-                shutil.rmtree(other)
+        try:
+            partial.mkdir(parents=True)
+            write(partial)
+            os.sync()
+            shutil.rmtree(whole, ignore_errors=True)  # of a run that was killed after it
+            os.replace(partial, whole)
+        except (SafetensorError, OSError) as error:
+            raise OutputError(f"cannot write {partial}: {error}; make room and resume") from error
+
+    def _keep_only(self, kind: str, steps: set[int]) -> None:
+        names = {_name(kind, step) for step in steps}
+        for folder in self.folder.glob(f"{kind}-*"):
+            if folder.name not in names:
+                shutil.rmtree(folder)
 
     def _newest(self, kind: str) -> Path | None:
         whole = [folder for folder in self.folder.glob(f"{kind}-*") if folder.suffix != ".partial"]

@@ -50,12 +50,12 @@ class EndToEndTrainerEvents:
     def wants_checkpoint(self, step: int) -> bool:
         """Say whether the numbers of this step are to be kept on disk."""
         every = int(self.trainer.args.save_steps)
-        return self._stopping() or (every > 0 and step % every == 0 and step < self.steps)
+        return step < self.steps and (self._stopping() or (every > 0 and step % every == 0))
 
     def checkpoint_written(self, step: int) -> None:
         """A checkpoint is on disk."""
         self._call("on_save")
-        if self._stopping() and step < self.steps:
+        if self._stopping():
             raise TrainingStopped(f"step {step} of end to end tuning")
 
     def stage_ends(self, progress: Progress) -> None:

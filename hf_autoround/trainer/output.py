@@ -86,10 +86,8 @@ class OutputFolder:
         except OSError as error:
             raise OutputError(f"cannot write to {self.folder}: {error.strerror}") from error
 
-    def refuse_full_disk(
-        self, lazy: LazyModel, plan: QuantPlan, keys: list[SourceKey], journal: bool, end_to_end: bool = False
-    ) -> None:
-        """Raise OutputError if what will be written does not fit on the disk."""
+    def refuse_full_disk(self, lazy: LazyModel, plan: QuantPlan, keys: list[SourceKey], kept: float) -> None:
+        """Raise OutputError if what will be written does not fit on the disk; the journal keeps `kept` bytes for each weight."""
         needed = 0
         for target in self.formats:
             for shape, dtype in manifest(lazy, plan, keys, target).values():
@@ -97,11 +95,8 @@ class OutputFolder:
                 for length in shape:
                     size *= length
                 needed += size
-        if journal:  # a byte for each code, and the scales
-            needed += sum(int(1.1 * site.shape[0] * site.shape[1]) for site in plan.sites)
-            needed -= sum(path.stat().st_size for path in self.journal.glob("*.safetensors"))
-        if end_to_end:  # two checkpoints with rounding in float16, two best results, while one replaces the other
-            needed += sum(int(6.5 * site.shape[0] * site.shape[1]) for site in plan.sites)
+        needed += sum(int(kept * site.shape[0] * site.shape[1]) for site in plan.sites)
+        needed -= sum(path.stat().st_size for path in self.journal.rglob("*.safetensors"))
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise OutputError(
@@ -132,7 +127,7 @@ class OutputFolder:
                     sink.add(item)
             for sink, target in zip(sinks, self.formats, strict=True):
                 sink.close()
-                write_config(sink.folder, target, _model_config(lazy), plan, checkpoint_names(keys))
+                write_config(sink.folder, target, _model_config(lazy), plan, checkpoint_names(lazy, keys))
                 companions(sink.folder, target)
         except BaseException as error:
             for sink in sinks:

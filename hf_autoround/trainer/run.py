@@ -28,6 +28,7 @@ from hf_autoround.planning.model_plan import plan_model
 from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.scheme import SCHEME_KEYS, Scheme, resolve_scheme
 from hf_autoround.streams.block_walk import StreamSettings
+from hf_autoround.streams.journal import Journal
 from hf_autoround.streams.shards import SourceKey, source_keys
 from hf_autoround.streams.shares import share_of
 from hf_autoround.trainer.arguments import RoundingArguments
@@ -53,6 +54,16 @@ class Run:
     def streams_blocks(self) -> bool:
         """Say whether blocks are walked with data, or tensors rounded as they pass by."""
         return self.data is not None
+
+    @property
+    def kept_per_weight(self) -> float:
+        """How many bytes the journal keeps for each quantized weight, at most."""
+        kept = 1.1 if self.streams_blocks else 0.0  # a byte for each code, and the scales
+        if self.args.end_to_end_steps > 0:
+            kept += 7.6  # two checkpoints with rounding in float16 and three best results, while one replaces another
+            if self.args.low_gpu_mem_usage or self.args.residence == "streamed":
+                kept += 6.8  # weights in float32, rounding, inputs of blocks (benchmarks/README.md)
+        return kept
 
     def tokenizer_to_save(self, given: Any) -> Any:
         """Return the tokenizer that belongs to the checkpoint: the given one, or that of a model in memory; None if the
@@ -128,7 +139,7 @@ def prepare(
             if args.needs_data:
                 raise
             raise CalibrationError(f"{scheme.name} has to see data even to round to nearest: {error}") from error
-        if data.sampled is not None:
+        if data.sampled is not None and Journal(output.journal, {}).get_sampled() is None:
             reason = refuse_sampling(lazy, data.sampled.seqlen, placement)
             if reason:
                 raise CalibrationError(

@@ -133,10 +133,10 @@ class RoundingTrainer:
         self.state.compute_steps(self.args, self.state.max_steps)
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         if run.streams_blocks:
-            assert tokens is not None
+            assert tokens is not None and run.data is not None
             algorithm = ALGORITHMS[self.args.algorithm]
             # sampled texts serve the whole model; blocks are decided on the data, or on as many samples if there is none
-            for_blocks = tokens[: self.args.nsamples] if whole_steps else tokens
+            for_blocks = tokens[: len(run.data.tokens) or self.args.nsamples] if whole_steps else tokens
             events = TrainerEvents(self, run.plan, steps_per_block, self.state.num_train_epochs)
             model = PlannedModel(run.lazy, run.parts, run.plan, for_blocks)
             try:
@@ -246,9 +246,7 @@ class RoundingTrainer:
 
     def _open_journal(self, run: Run, resume: bool) -> Journal:
         run.output.claim(resume)
-        run.output.refuse_full_disk(
-            run.lazy, run.plan, run.keys, journal=run.streams_blocks, end_to_end=self.args.end_to_end_steps > 0
-        )
+        run.output.refuse_full_disk(run.lazy, run.plan, run.keys, run.kept_per_weight)
         journal = Journal(run.output.journal, run.signature())
         journal.start()
         return journal

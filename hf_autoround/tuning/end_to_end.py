@@ -19,12 +19,14 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from itertools import islice
+from math import isfinite
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
+from hf_autoround.errors import CalibrationError
 from hf_autoround.numerics import Tunables
 from hf_autoround.tuning.samples import batches, split
 from hf_autoround.tuning.task import BlockResult, TunableWeight
@@ -227,6 +229,11 @@ def _measured(
     task: EndToEndTask, settings: EndToEndSettings, watcher: EndToEndWatcher, progress: Progress, held_out: Tensor
 ) -> Progress:
     kl = _held_out(task, settings, held_out)
+    if progress.step == 0 and not isfinite(kl):
+        raise CalibrationError(
+            "the predictions of the quantized model that end to end tuning begins with hold NaN or infinity; more bits, "
+            "or disable_amp, may help"
+        )
     if kl < progress.best:  # false for NaN
         progress = Progress(progress.step, kl, progress.step)
     watcher.measured(progress, kl)

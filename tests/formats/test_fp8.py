@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Format fp8: transformers' own fine-grained FP8 loader reads the weights that we write."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -111,3 +113,14 @@ def test_layers_of_the_wrong_shape_stay_in_16_bits_unless_they_are_named(tiny_mo
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     packed = [name for name, layer in loaded.named_modules() if isinstance(layer, PackedLinear)]
     assert packed and not [name for name in packed if name.endswith("mlp.c_proj")]
+
+
+def test_experts_stay_in_16_bits_together(tiny_model, tmp_path):
+    arguments = {"scheme": "FP8_BLOCK", "recipe": "rtn", "disable_tqdm": True}
+    AutoRound(str(tiny_model("qwen3_moe")), ignore_layers=["experts"], **arguments).quantize_and_save(tmp_path / "out", "fp8")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert "model.layers.1.mlp.experts" in config["modules_to_not_convert"]
+    with pytest.raises(UnsupportedScheme, match=r"its readers quantize the experts of a layer together, and .* would stay"):
+        AutoRound(str(tiny_model("qwen3_moe")), ignore_layers=["down_proj"], **arguments).quantize_and_save(
+            tmp_path / "no", "fp8"
+        )

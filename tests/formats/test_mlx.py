@@ -203,6 +203,15 @@ def test_experts_in_one_tensor_have_one_scheme():
         assert "it stores the experts of a layer in one tensor" in MLXFormat().refuse_plan(mixed)
 
 
+def test_single_layers_differ_only_where_mlx_lm_has_the_same_names():
+    names = ["layers.0.attention.dense", "layers.1.attention.dense"]
+    four, eight = integer_scheme(4, 64), integer_scheme(8, 64)
+    for blocks, renamed in (("model.layers", False), ("gpt_neox.layers", True)):
+        sites = tuple(WeightSite(f"{blocks}.{name}", f"{blocks}.{name}.weight", (64, 64)) for name in names)
+        mixed = QuantPlan(four, sites, dict(zip((site.name for site in sites), (four, eight), strict=True)), {}, blocks)
+        assert (MLXFormat().refuse_plan(mixed) is not None) == renamed
+
+
 def test_its_configuration_is_read_as_mlx_lm_means_it():
     stored = read_config(
         {"quant_method": "mlx", "bits": 4, "group_size": 64, "sym": True, Q: {"bits": 8, "group_size": 32}, DOWN: False}

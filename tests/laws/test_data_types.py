@@ -50,6 +50,14 @@ def test_what_ships_equals_what_was_tuned(dtype, spec, weight):
     assert torch.equal(dequantize(dtype.freeze(quantized, spec)), dequantize(quantized).detach())
 
 
+@pytest.mark.parametrize(("dtype", "spec"), [case for case in CASES if case[1].data_type == "int"], ids=name)
+def test_integer_scales_are_the_same_in_an_engine_that_keeps_them_in_bfloat16(dtype, spec, weight):
+    groups = group(weight, spec.granularity)
+    for tunables in (moved(dtype.neutral(groups, spec)), dtype.search(groups, spec, None)):
+        scale = dtype.freeze(dtype.quantize(groups, spec, tunables), spec).scale
+        assert scale.dtype == torch.float16 and torch.equal(scale.bfloat16().half(), scale)
+
+
 @pytest.mark.parametrize(("dtype", "spec"), CASES, ids=name)
 def test_gradients_reach_everything_that_is_learned(dtype, spec, weight):
     groups = group(weight, spec.granularity)

@@ -13,9 +13,13 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_autoround import AutoRound, RoundingArguments, RoundingTrainer
-from hf_autoround.errors import AutoRoundError, ResumeError, UnknownName
+from hf_autoround.errors import AutoRoundError, CalibrationError, ResumeError, UnknownName
 from hf_autoround.models.blocks import model_parts
 from hf_autoround.models.head import Head
+from hf_autoround.streams.end_to_end_journal import EndToEndJournal
+from hf_autoround.streams.journal import Journal
+from hf_autoround.trainer import trainer as trainer_module
+from hf_autoround.tuning.end_to_end import Progress
 from hf_autoround.tuning.samples import split
 
 SAMPLES = tokens(40)
@@ -166,6 +170,48 @@ def test_an_epoch_stop_keeps_the_best_so_far(tiny_model, tmp_path):
 
     trainer = tuned(tiny_model("llama"), tmp_path / "out", [Enough])
     assert [entry["end_to_end_step"] for entry in measured(trainer)] == [0, 4]
+
+
+def test_there_is_no_checkpoint_after_the_last_step(tiny_model, tmp_path):
+    class Count(TrainerCallback):
+        saved = 0
+
+        def on_save(self, args, state, control, **kwargs):
+            self.saved += state.epoch > 3
+
+    count = Count()
+    tuned(tiny_model("llama"), tmp_path / "out", [count], save_steps=4)
+    assert count.saved == 1
+
+
+def test_the_best_result_that_a_checkpoint_knows_of_stays(tmp_path):
+    record = EndToEndJournal(Journal(tmp_path, {}))
+    record.put_best(25, [])
+    record.save(Progress(50, 0.5, 25), [], [])
+    record.put_best(75, [])
+    assert record.best(25).folder.exists() and record.best(75).folder.exists()
+    record.save(Progress(100, 0.4, 75), [], [])
+    assert not record.best(25).folder.exists()
+    record.put_best(125, [])
+    record.finish(Progress(150, 0.3, 125), [])
+    assert record.best(125).folder.exists() and not record.best(75).folder.exists()
+
+
+def test_blocks_are_decided_on_all_data_and_on_no_sampled_text(tiny_model, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "hf_autoround.trainer.trainer.stream_blocks",
+        lambda model, *rest, original=trainer_module.stream_blocks: (seen.append(model.tokens), original(model, *rest)),
+    )
+    data = {"dataset": "pydoc:num=12", "seqlen": 16, "nsamples": 8, "self_samples": 16}
+    RoundingTrainer(str(tiny_model("llama")), RoundingArguments(output_dir=str(tmp_path / "out"), **data, **QUICK)).train()
+    assert seen[0].shape == (12, 16)
+
+
+def test_a_start_that_is_no_number_is_an_error(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_autoround.tuning.end_to_end._held_out", lambda *given: float("nan"))
+    with pytest.raises(CalibrationError, match=r"predictions of the quantized model .* hold NaN or infinity"):
+        tuned(tiny_model("llama"), tmp_path / "out")
 
 
 def test_other_steps_are_refused_when_resuming(tiny_model, tmp_path):
