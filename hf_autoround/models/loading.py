@@ -90,7 +90,12 @@ def build_skeleton(config: PretrainedConfig, model_class: type | None = None, tr
         if model_class is not None:
             model = model_class(config)
         else:
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            try:
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            except ValueError as error:
+                raise UnsupportedLayer(
+                    f"transformers has no causal language model of type {config.model_type}, and only those are quantized: {error}"
+                ) from error
     model.eval().requires_grad_(False)
     model.tie_weights()
     return model

@@ -16,6 +16,7 @@ from hf_autoround.errors import CalibrationError, UnsupportedLayer, UnsupportedS
 from hf_autoround.formats import FORMATS
 from hf_autoround.layers.packed_linear import PackedLinear
 from hf_autoround.layers.sites import WeightSite
+from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.registry import find
 from hf_autoround.scheme import resolve_scheme
 
@@ -120,7 +121,9 @@ def test_experts_stay_in_16_bits_together(tiny_model, tmp_path):
     AutoRound(str(tiny_model("qwen3_moe")), ignore_layers=["experts"], **arguments).quantize_and_save(tmp_path / "out", "fp8")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert "model.layers.1.mlp.experts" in config["modules_to_not_convert"]
-    with pytest.raises(UnsupportedScheme, match=r"its readers quantize the experts of a layer together, and .* would stay"):
-        AutoRound(str(tiny_model("qwen3_moe")), ignore_layers=["down_proj"], **arguments).quantize_and_save(
-            tmp_path / "no", "fp8"
-        )
+    scheme = resolve_scheme("FP8_BLOCK")
+    names = [f"model.layers.1.mlp.experts.0.{leaf}" for leaf in ("up_proj", "down_proj")]
+    some = QuantPlan(
+        scheme, (WeightSite(names[0], f"{names[0]}.weight", (64, 64)),), {names[0]: scheme}, {names[1]: ""}, "model.layers"
+    )
+    assert f"the experts of a layer together, and {names[1]} would stay" in find(FORMATS, "fp8", kind="format").refuse_plan(some)
