@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers import AutoRoundConfig as TransformersAutoRoundConfig
 
 from hf_autoround import AutoRound, AutoRoundConfig
-from hf_autoround.errors import UnsupportedScheme
+from hf_autoround.errors import CheckpointError, UnsupportedLayer, UnsupportedScheme
 from hf_autoround.layers.packed_linear import PackedLinear
 from hf_autoround.layouts import PackQuantized
 
@@ -187,4 +187,19 @@ def test_a_float8_checkpoint_is_said_to_be_a_source(changes, tiny_model, tmp_pat
     packed, _ = write(tiny_model("llama"), tmp_path / "out", "auto_gptq", scheme="W4A16G32")
     edit_config(packed, **changes)
     with pytest.raises(UnsupportedScheme, match=r"is a source: quantize it from its files, with AutoRound\(\.\.\.\)"):
+        load(packed)
+
+
+def test_packed_layers_that_the_config_leaves_out_are_named(tiny_model, tmp_path):
+    packed, _ = write(tiny_model("llama"), tmp_path / "out", "auto_gptq", scheme="W4A16G32")
+    edit_config(packed, block_name_to_quantize="visual.blocks")
+    with pytest.raises(UnsupportedLayer, match=r"holds model\.layers\.0\.mlp\.down_proj\.qweight, .* and 18 more"):
+        load(packed)
+
+
+def test_packed_layers_in_other_files_than_safetensors_are_refused(tiny_model, tmp_path):
+    packed, _ = write(tiny_model("llama"), tmp_path / "out", "auto_gptq", scheme="W4A16G32")
+    torch.save(load_file(packed / "model.safetensors"), packed / "pytorch_model.bin")
+    (packed / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is no safetensors file.*convert it"):
         load(packed)
