@@ -21,9 +21,9 @@ from hf_autoround.scheme import resolve_scheme
 if TYPE_CHECKING:
     from hf_autoround.trainer.arguments import RoundingArguments
 
-_NEVER_AN_ARGUMENT = ("quant_method", "backend", "packing_format", "stored_method", "tokenizer")
+_NEVER_AN_ARGUMENT = ("quant_method", "backend", "packing_format", "stored", "stored_method", "tokenizer")
 # for this process, not for the file (vLLM refuses checkpoints whose config names a backend it does not know)
-_NOT_SAVED = ("backend", "stored_method", "tokenizer", "dataset", "layer_config", "ignore_layers", "scheme", "iters")
+_NOT_SAVED = ("backend", "stored", "stored_method", "tokenizer", "dataset", "layer_config", "ignore_layers", "scheme", "iters")
 
 
 class AutoRoundConfig(TransformersAutoRoundConfig):
@@ -52,6 +52,7 @@ class AutoRoundConfig(TransformersAutoRoundConfig):
         method = kwargs.pop("quant_method", None) or "auto-round"
         self.quant_method = QuantizationMethod.AUTOROUND
         self.stored_method = str(getattr(method, "value", method))  # how the other keys are to be read
+        self.stored: dict[str, Any] | None = None  # what a checkpoint says, word for word
         self.backend, self.scheme, self.iters = backend, scheme, iters
         self.__dict__.update(kwargs)
         if any(value is None for value in (bits, group_size, sym)):
@@ -77,7 +78,9 @@ class AutoRoundConfig(TransformersAutoRoundConfig):
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Return the configuration of a checkpoint, whichever method it names (what reads it later may refuse)."""
-        config = cls(**{**config_dict, **kwargs})
+        given = {**config_dict, **kwargs}
+        config = cls(**given)
+        config.stored = {key: value for key, value in given.items() if value is not None}
         return (config, {}) if return_unused_kwargs else config
 
     @classmethod

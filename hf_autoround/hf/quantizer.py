@@ -108,7 +108,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
         """Make the packed layers that a quantized checkpoint's tensors go into."""
         config = self.quantization_config
         with torch.device("cpu"):  # transformers calls this with meta as the default device
-            stored = read_stored_model(model, read_config(config.to_dict()), checkpoint_files)
+            stored = read_stored_model(model, read_config(config.stored or config.to_dict()), checkpoint_files)
         if stored.config is not None:
             self.quantization_config = AutoRoundConfig(**stored.config, backend=config.backend)
         model.config.__dict__.pop(QUANTIZATION, None)  # save_pretrained leaves out what else mlx-lm needs
