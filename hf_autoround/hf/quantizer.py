@@ -41,6 +41,9 @@ class AutoRoundHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(AutoRoundConfig.wrap(quantization_config), **kwargs)
+        stored = self.quantization_config.stored or {}
+        if self.pre_quantized and "packing_format" not in stored and self.quantization_config.backend == stored.get("backend"):
+            self.quantization_config.backend = "auto"  # the file's only says how it is packed
         self.plan: QuantPlan | None = None  # of a float checkpoint
         self.data: CalibrationSet | None = None  # that it is to be calibrated on
         self.arguments: RoundingArguments | None = None

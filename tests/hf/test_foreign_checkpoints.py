@@ -122,6 +122,24 @@ def test_biases_that_only_the_file_has_are_added(tiny_model, tmp_path):
     assert_saves_in_auto_round_form(model, tmp_path / "saved")
 
 
+@pytest.mark.parametrize("given", [{}, {"quantization_config": AutoRoundConfig()}], ids=["plain", "AutoRoundConfig()"])
+@pytest.mark.parametrize(
+    ("backend", "arguments"),
+    [
+        ("auto_round:gptq:exllamav2", {"scheme": "W4A16G32"}),
+        ("auto_round:tritonv2", {"scheme": "W2A16G32", "sym": False}),
+        ("auto_round:awq:gemm", {"scheme": "W4A16G32", "sym": False}),
+    ],
+    ids=["gptq", "triton", "awq"],
+)
+def test_files_of_auto_round_before_it_named_packings_load(backend, arguments, given, tiny_model, tmp_path):
+    packed, fake = write(tiny_model("llama"), tmp_path / "out", "auto_round", **arguments)
+    edit_config(packed, packing_format=None, quant_method="intel/auto-round", backend=backend)
+    model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32, **given)
+    rows = tokens()[:2]
+    assert torch.equal(model(rows).logits, AutoModelForCausalLM.from_pretrained(fake, dtype=torch.float32)(rows).logits)
+
+
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 def test_compressed_tensors_of_mixed_bits_load(symmetric, tiny_model, tmp_path):
     """Written here by compressed-tensors' published layout: group_0 by class, group_1 by pattern, `ignore` beats both."""
