@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils.quantization_config import AutoRoundConfig as TransformersAutoRoundConfig
 from transformers.utils.quantization_config import QuantizationMethod
 
-from hf_autoround.errors import UnknownName
+from hf_autoround.errors import AutoRoundError, UnknownName
 from hf_autoround.registry import suggest
 from hf_autoround.scheme import resolve_scheme
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from hf_autoround.trainer.arguments import RoundingArguments
 
 _NEVER_AN_ARGUMENT = ("quant_method", "backend", "packing_format", "stored", "stored_method", "tokenizer")
+# of the folder that a run writes: there is none here
+_OF_A_FOLDER = ("output_dir", "format", "max_shard_size", "resume_from_checkpoint", "hub_model_id", "hub_private_repo")
 # for this process, not for the file (vLLM refuses checkpoints whose config names a backend it does not know)
 _NOT_SAVED = ("backend", "stored", "stored_method", "tokenizer", "dataset", "layer_config", "ignore_layers", "scheme", "iters")
 
@@ -33,7 +35,7 @@ class AutoRoundConfig(TransformersAutoRoundConfig):
     `ignore_layers` and `quant_lm_head` say what becomes of each layer. With `iters=0`, the default, each weight is rounded
     to nearest as it streams in; with a `dataset` besides, scales are searched; with `iters` above 0 the loaded model is
     tuned on `dataset`. Every other argument of RoundingArguments (`nsamples`, `seqlen`, `seed`, `lr`, ...) means here what
-    it means there; `tokenizer` is only needed if the model's folder has none.
+    it means there, but for those of the folder that a run writes; `tokenizer` is only needed if the model's folder has none.
 
     For a quantized checkpoint everything but `backend` ("auto" or a name from `hf-autoround list backends`) comes from
     the checkpoint.
@@ -93,15 +95,22 @@ class AutoRoundConfig(TransformersAutoRoundConfig):
     def arguments(self, output_dir: str) -> RoundingArguments:
         """Return the arguments of the run that quantizes a float checkpoint as this says.
 
-        Raises UnknownName for an argument that there is not, AutoRoundError for a value that cannot be meant.
+        Raises UnknownName for an argument that there is not, AutoRoundError for one that means nothing here or a value that
+        cannot be meant.
         """
         from hf_autoround.trainer.arguments import RoundingArguments
 
-        known = {part.name for part in fields(RoundingArguments) if part.init}
+        known = {part.name: part.default for part in fields(RoundingArguments) if part.init}
         given = {key: value for key, value in self.__dict__.items() if key not in _NEVER_AN_ARGUMENT and value is not None}
         for name in given:
             if name not in known:
                 raise UnknownName(f"AutoRoundConfig has no argument {name!r}{suggest(name, known)}")
+        if ignored := [name for name in _OF_A_FOLDER if given.get(name, known[name]) != known[name]]:
+            asked = ", ".join(f"{name}={given[name]!r}" for name in ignored)
+            raise AutoRoundError(
+                f"AutoRoundConfig({asked}): a model that is quantized while it loads is in memory, no folder is written; leave "
+                "that to save_pretrained or push_to_hub, or quantize the model's files with AutoRound(...)"
+            )
         if not isinstance(given.get("dataset"), str):
             given.pop("dataset", None)
         return RoundingArguments(**{"scheme": "W4A16", **given, "output_dir": output_dir})
