@@ -69,8 +69,8 @@ class AutoRoundConfig(TransformersAutoRoundConfig):
         """Check nothing here: the format that reads the dict does, with the layer's name at hand."""
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """Return what a caller may set for a checkpoint that is quantized already."""
-        return {"backend": self.backend}
+        """Return what a caller may set for a checkpoint that is quantized already, or ask of one that is a float8 source."""
+        return {"backend": self.backend} | ({"scheme": self.scheme} if self.scheme is not None else {})
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `config.json` holds: how the layers lie in the file."""

@@ -208,6 +208,14 @@ def test_a_float8_checkpoint_is_said_to_be_a_source(changes, tiny_model, tmp_pat
         load(packed)
 
 
+@pytest.mark.parametrize("target", ["fp8", "llm_compressor"])
+def test_another_scheme_is_not_made_of_a_float8_checkpoint_while_it_loads(target, tiny_model, tmp_path):
+    packed, _ = write(tiny_model("llama_wide"), tmp_path / "out", target, scheme="FP8_BLOCK")
+    with pytest.raises(UnsupportedScheme, match=r"holds FP8_BLOCK, and W4A16 is asked for: it is a source: quantize it"):
+        load(packed, AutoRoundConfig(scheme="W4A16"))
+    load(packed, AutoRoundConfig(scheme="FP8_BLOCK"))
+
+
 def test_packed_layers_that_the_config_leaves_out_are_named(tiny_model, tmp_path):
     packed, _ = write(tiny_model("llama"), tmp_path / "out", "auto_gptq", scheme="W4A16G32")
     edit_config(packed, block_name_to_quantize="visual.blocks")
