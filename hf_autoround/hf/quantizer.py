@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from hf_autoround.backends.select import assign_backends, candidates
 from hf_autoround.calibration.batches import CalibrationSet
-from hf_autoround.errors import UnsupportedLayer, UnsupportedScheme
+from hf_autoround.errors import AutoRoundError, UnsupportedLayer, UnsupportedScheme
 from hf_autoround.formats import read_config
 from hf_autoround.formats.mlx import QUANTIZATION
 from hf_autoround.hf.config import AutoRoundConfig
@@ -103,6 +103,11 @@ class AutoRoundHfQuantizer(HfQuantizer):
             with torch.device("cpu"):
                 self.data = data_on_load(model, self.quantization_config, self.arguments)
         else:
+            if self.arguments.device_map is not None:
+                raise AutoRoundError(
+                    f"AutoRoundConfig(device_map={self.arguments.device_map!r}): that is where blocks are tuned, and these "
+                    "weights are rounded to nearest as they are loaded; give device_map to from_pretrained"
+                )
             self.rounding = RoundWhileLoading(self.plan)
             schemes = self.plan.schemes
             layers = {site: (schemes[site.name], FORMAT.layout(self.plan, schemes[site.name])) for site in self.plan.sites}
