@@ -118,7 +118,7 @@ def read_auto_round_config(config: Mapping[str, Any]) -> StoredPlan:
 
     Raises UnsupportedScheme for numbers or layouts that we do not read.
     """
-    packing = config.get("packing_format", "auto_round:auto_gptq")
+    packing = config.get("packing_format") or _packing_of_backend(str(config.get("backend", "auto")))
     if packing not in (*PACKING, *_FLOAT_PACKING):
         known = ", ".join(dict.fromkeys((*PACKING, *_FLOAT_PACKING)))
         raise UnsupportedScheme(f"packing_format {packing!r} is not supported; there are {known}")
@@ -139,6 +139,14 @@ def layout_for(spec: TensorSpec, packing: str) -> Layout:
     if spec.data_type == "int":
         return PACKING.get(packing, GPTQ_V2)
     return next(layout for layout in LAYOUTS if spec.data_type in layout.data_types)
+
+
+def _packing_of_backend(backend: str) -> str:
+    """Return the packing format of a file that names none, but what auto-round up to 0.4 ran it with: `auto_round:exllamav2`,
+    `auto_round:gptq:exllamav2`, `auto_round:awq:gemm`."""
+    if "awq" in backend:
+        return "auto_round:auto_awq"
+    return "auto_round" if backend.startswith(("auto_round", "autoround")) and "gptq" not in backend else "auto_round:auto_gptq"
 
 
 def packing_format(layout: Layout) -> str:

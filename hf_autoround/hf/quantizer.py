@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from hf_autoround.backends.select import assign_backends, candidates
 from hf_autoround.calibration.batches import CalibrationSet
-from hf_autoround.errors import UnsupportedLayer
+from hf_autoround.errors import AutoRoundError, UnsupportedLayer, UnsupportedScheme
 from hf_autoround.formats import read_config
 from hf_autoround.formats.mlx import QUANTIZATION
 from hf_autoround.hf.config import AutoRoundConfig
@@ -26,10 +26,11 @@ from hf_autoround.layers.packed_linear import PackedLinear
 from hf_autoround.layouts import Layout
 from hf_autoround.models.blocks import find_sites
 from hf_autoround.models.checkpoint import stored_names
+from hf_autoround.models.float8_source import refuse_source
 from hf_autoround.models.loading import LeaveAlone, Unstack, names_in_memory
 from hf_autoround.numerics import needs_calibration
 from hf_autoround.planning.plan import QuantPlan
-from hf_autoround.scheme import BF16, Scheme
+from hf_autoround.scheme import BF16, Scheme, resolve_scheme
 from hf_autoround.trainer.arguments import RoundingArguments
 from hf_autoround.trainer.run import wanted_scheme
 
@@ -41,6 +42,9 @@ class AutoRoundHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(AutoRoundConfig.wrap(quantization_config), **kwargs)
+        stored = self.quantization_config.stored or {}
+        if self.pre_quantized and "packing_format" not in stored and self.quantization_config.backend == stored.get("backend"):
+            self.quantization_config.backend = "auto"  # the file's only says how it is packed
         self.plan: QuantPlan | None = None  # of a float checkpoint
         self.data: CalibrationSet | None = None  # that it is to be calibrated on
         self.arguments: RoundingArguments | None = None
@@ -99,6 +103,11 @@ class AutoRoundHfQuantizer(HfQuantizer):
             with torch.device("cpu"):
                 self.data = data_on_load(model, self.quantization_config, self.arguments)
         else:
+            if self.arguments.device_map is not None:
+                raise AutoRoundError(
+                    f"AutoRoundConfig(device_map={self.arguments.device_map!r}): that is where blocks are tuned, and these "
+                    "weights are rounded to nearest as they are loaded; give device_map to from_pretrained"
+                )
             self.rounding = RoundWhileLoading(self.plan)
             schemes = self.plan.schemes
             layers = {site: (schemes[site.name], FORMAT.layout(self.plan, schemes[site.name])) for site in self.plan.sites}
@@ -107,8 +116,15 @@ class AutoRoundHfQuantizer(HfQuantizer):
     def _prepare_packed(self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None) -> None:
         """Make the packed layers that a quantized checkpoint's tensors go into."""
         config = self.quantization_config
+        said = config.stored or config.to_dict()
+        plan = read_config(said)
+        if config.scheme is not None and refuse_source(said) is None and resolve_scheme(config.scheme) != plan.scheme:
+            raise UnsupportedScheme(
+                f"this {said['quant_method']} checkpoint holds {plan.scheme.name}, and {config.scheme} is asked for: it is a "
+                "source: quantize it from its files, with AutoRound(...) or hf-autoround"
+            )
         with torch.device("cpu"):  # transformers calls this with meta as the default device
-            stored = read_stored_model(model, read_config(config.to_dict()), checkpoint_files)
+            stored = read_stored_model(model, plan, checkpoint_files)
         if stored.config is not None:
             self.quantization_config = AutoRoundConfig(**stored.config, backend=config.backend)
         model.config.__dict__.pop(QUANTIZATION, None)  # save_pretrained leaves out what else mlx-lm needs

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hf_autoround.errors import UnsupportedLayer
+from hf_autoround.errors import CheckpointError, UnsupportedLayer
 from hf_autoround.formats import AutoRoundFormat, StoredPlan
 from hf_autoround.formats.auto_round import PACKING, float_packing, layout_for, packing_format
 from hf_autoround.formats.mlx import expert_apart, expert_stack
@@ -31,6 +31,7 @@ logger = logging.get_logger(__name__)
 
 
 _WEIGHTS = ("qweight", "weight_packed", "weight")  # what files call the tensor of codes, or of floats
+_CODES = (".qweight", ".weight_packed")  # that are never floats
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,16 @@ class StoredModel:
 
 
 def read_stored_model(model: PreTrainedModel, stored: StoredPlan, files: Iterable[str] | None) -> StoredModel:
-    """Return what a checkpoint holds for a model on the meta device; `files` are its weight files (None: not known)."""
+    """Return what a checkpoint holds for a model on the meta device; `files` are its weight files (None: not known).
+
+    Raises CheckpointError for files that cannot be looked into, UnsupportedLayer for packed layers that would not be read.
+    """
     parts, files = model_parts(model), list(files or ())
+    if files and not any(str(file).endswith(".safetensors") for file in files):
+        raise CheckpointError(
+            f"{files[0]} is no safetensors file, and packed layers are read from those only; convert it: "
+            "safetensors.torch.save_file(torch.load(...), ...)"
+        )
     dtypes = stored_dtypes(files)
     keys = {name: key for key, name in names_in_memory(model, stored_names(files)).items()}
     scattered_layers = _scattered_layers(files, {key: name for name, key in keys.items()}, stored)
@@ -75,6 +84,7 @@ def read_stored_model(model: PreTrainedModel, stored: StoredPlan, files: Iterabl
             )
         if parts.block_of(site.name) is not None or site.name == parts.head:
             kept[site.name] = "the checkpoint holds it as float"
+    _refuse_unplanned(model, sites, layers, keys)
     _refuse_others(model, layers, keys)
     schemes = {site.name: scheme for site, (scheme, _) in layers.items()}
     plan = QuantPlan(stored.scheme, tuple(layers), schemes, kept, parts.blocks)
@@ -136,6 +146,21 @@ def _is_packed(site: WeightSite, scheme: Scheme, layout: Layout, keys: Mapping[s
     """Return whether a file holds what a packed layer has besides a weight."""
     assert scheme.weight is not None
     return any(f"{site.name}.{leaf}" in keys for leaf in layout.empty(scheme.weight, site.shape) if leaf != "weight")
+
+
+def _refuse_unplanned(
+    model: PreTrainedModel, sites: Iterable[WeightSite], layers: Iterable[WeightSite], keys: Mapping[str, str]
+) -> None:
+    """Raise UnsupportedLayer if the file holds codes for a module that gets no packed layer: it would have random weights."""
+    others = {name for name, _ in model.named_modules()} | {site.name for site in sites}
+    others -= {site.name for site in layers}
+    if found := sorted(key for name, key in keys.items() if name.endswith(_CODES) and name.rpartition(".")[0] in others):
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise UnsupportedLayer(
+            f"the file holds {', '.join(found[:3])}{more}, and by the checkpoint's config these layers are not quantized, or not "
+            "so: they would get random weights. Set right what quantization_config in its config.json says of them, or quantize "
+            "the float model anew"
+        )
 
 
 def _refuse_others(model: PreTrainedModel, layers: Mapping[WeightSite, tuple[Scheme, Layout]], keys: Mapping[str, str]) -> None:

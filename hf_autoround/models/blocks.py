@@ -30,7 +30,8 @@ class ModelParts:
 
 
 def model_parts(model: PreTrainedModel) -> ModelParts:
-    """Find the decoder blocks: the longest list of modules that hold a Linear or fused experts.
+    """Find the decoder blocks: the longest list of modules that hold a Linear or fused experts, in the decoder if one is there
+    (towers for images and sounds may have longer ones).
 
     Raises UnsupportedLayer if there is none, or if blocks share weights (they could not be replaced one by one).
     """
@@ -43,7 +44,9 @@ def model_parts(model: PreTrainedModel) -> ModelParts:
     outermost = [(size, name) for size, name in candidates if not any(name.startswith(f"{other}.") for _, other in candidates)]
     if not outermost:
         raise UnsupportedLayer(f"{type(model).__name__} has no list of decoder blocks, so it cannot be quantized block by block")
-    blocks = max(outermost)[1]
+    decoder = model.get_decoder()
+    path = next((name for name, module in model.named_modules() if module is decoder), "")
+    blocks = max([found for found in outermost if found[1].startswith(f"{path}.")] or outermost)[1]
     names = tuple(f"{blocks}.{index}" for index in range(len(model.get_submodule(blocks))))
     _refuse_shared_weights(model, names)
     head = model.get_output_embeddings()

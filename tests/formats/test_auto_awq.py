@@ -75,9 +75,24 @@ def test_others_configurations_are_read_as_they_mean_them(more, expected):
         assert chosen == (None if scheme == BF16 else scheme), name
 
 
-def test_the_first_awq_tools_spelling_is_read():
-    stored = read_config({"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "zero_point": True, "version": "GEMM"})
-    assert stored.scheme == integer_scheme(4, 64, False)
+def load_renamed(model, folder, **more):
+    """Load an AWQ checkpoint whose configuration is in the words of the first AWQ tool."""
+    write(model, folder, scheme="W4A16G32", sym=False)
+    config = json.loads((folder / "config.json").read_text())
+    own = config["quantization_config"]
+    own |= {"w_bit": own.pop("bits"), "q_group_size": own.pop("group_size"), **more}
+    (folder / "config.json").write_text(json.dumps(config))
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=AutoRoundConfig())
+
+
+def test_the_first_awq_tools_spelling_is_read(tiny_model, tmp_path):
+    model = load_renamed(tiny_model("llama"), tmp_path / "out")
+    assert model.model.layers[1].self_attn.q_proj.scheme == integer_scheme(4, 32, False)
+
+
+def test_the_first_awq_tools_own_layout_is_refused(tiny_model, tmp_path):
+    with pytest.raises(UnsupportedScheme, match="version 'llm-awq'"):
+        load_renamed(tiny_model("llama"), tmp_path / "out", backend="llm-awq")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers import AutoRoundConfig as TransformersAutoRoundConfig
 
 from hf_autoround import AutoRound, AutoRoundConfig
-from hf_autoround.errors import UnsupportedScheme
+from hf_autoround.errors import CheckpointError, UnsupportedLayer, UnsupportedScheme
 from hf_autoround.layers.packed_linear import PackedLinear
 from hf_autoround.layouts import PackQuantized
 
@@ -122,6 +122,24 @@ def test_biases_that_only_the_file_has_are_added(tiny_model, tmp_path):
     assert_saves_in_auto_round_form(model, tmp_path / "saved")
 
 
+@pytest.mark.parametrize("given", [{}, {"quantization_config": AutoRoundConfig()}], ids=["plain", "AutoRoundConfig()"])
+@pytest.mark.parametrize(
+    ("backend", "arguments"),
+    [
+        ("auto_round:gptq:exllamav2", {"scheme": "W4A16G32"}),
+        ("auto_round:tritonv2", {"scheme": "W2A16G32", "sym": False}),
+        ("auto_round:awq:gemm", {"scheme": "W4A16G32", "sym": False}),
+    ],
+    ids=["gptq", "triton", "awq"],
+)
+def test_files_of_auto_round_before_it_named_packings_load(backend, arguments, given, tiny_model, tmp_path):
+    packed, fake = write(tiny_model("llama"), tmp_path / "out", "auto_round", **arguments)
+    edit_config(packed, packing_format=None, quant_method="intel/auto-round", backend=backend)
+    model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32, **given)
+    rows = tokens()[:2]
+    assert torch.equal(model(rows).logits, AutoModelForCausalLM.from_pretrained(fake, dtype=torch.float32)(rows).logits)
+
+
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 def test_compressed_tensors_of_mixed_bits_load(symmetric, tiny_model, tmp_path):
     """Written here by compressed-tensors' published layout: group_0 by class, group_1 by pattern, `ignore` beats both."""
@@ -187,4 +205,27 @@ def test_a_float8_checkpoint_is_said_to_be_a_source(changes, tiny_model, tmp_pat
     packed, _ = write(tiny_model("llama"), tmp_path / "out", "auto_gptq", scheme="W4A16G32")
     edit_config(packed, **changes)
     with pytest.raises(UnsupportedScheme, match=r"is a source: quantize it from its files, with AutoRound\(\.\.\.\)"):
+        load(packed)
+
+
+@pytest.mark.parametrize("target", ["fp8", "llm_compressor"])
+def test_another_scheme_is_not_made_of_a_float8_checkpoint_while_it_loads(target, tiny_model, tmp_path):
+    packed, _ = write(tiny_model("llama_wide"), tmp_path / "out", target, scheme="FP8_BLOCK")
+    with pytest.raises(UnsupportedScheme, match=r"holds FP8_BLOCK, and W4A16 is asked for: it is a source: quantize it"):
+        load(packed, AutoRoundConfig(scheme="W4A16"))
+    load(packed, AutoRoundConfig(scheme="FP8_BLOCK"))
+
+
+def test_packed_layers_that_the_config_leaves_out_are_named(tiny_model, tmp_path):
+    packed, _ = write(tiny_model("llama"), tmp_path / "out", "auto_gptq", scheme="W4A16G32")
+    edit_config(packed, block_name_to_quantize="visual.blocks")
+    with pytest.raises(UnsupportedLayer, match=r"holds model\.layers\.0\.mlp\.down_proj\.qweight, .* and 18 more"):
+        load(packed)
+
+
+def test_packed_layers_in_other_files_than_safetensors_are_refused(tiny_model, tmp_path):
+    packed, _ = write(tiny_model("llama"), tmp_path / "out", "auto_gptq", scheme="W4A16G32")
+    torch.save(load_file(packed / "model.safetensors"), packed / "pytorch_model.bin")
+    (packed / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is no safetensors file.*convert it"):
         load(packed)

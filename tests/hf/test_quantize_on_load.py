@@ -181,6 +181,8 @@ def test_the_float_model_can_be_had_again(tiny_model):
         ({"shceme": "W4A16"}, UnknownName, "no argument 'shceme'; did you mean scheme"),
         ({"scheme": "W4A61"}, UnknownName, "did you mean W4A16"),
         ({"iters": -1}, AutoRoundError, "iters=-1"),
+        ({"format": "mlx", "output_dir": "out"}, AutoRoundError, "output_dir='out', format='mlx'.*save_pretrained"),
+        ({"device_map": "cpu"}, AutoRoundError, "device_map='cpu'.*give device_map to from_pretrained"),
         ({"layer_config": {"kproj": {"bits": 8}}}, UnknownName, "no layer matches 'kproj'"),
         ({"iters": 1, "dataset": "no/such/file.txt"}, AutoRoundError, "file.txt"),
         ({"iters": 1, "dataset": [[1, 2, 3, 999] * 6]}, AutoRoundError, "token 999"),
