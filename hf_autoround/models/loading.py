@@ -94,7 +94,7 @@ def build_skeleton(config: PretrainedConfig, model_class: type | None = None, tr
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
             except ValueError as error:
                 raise UnsupportedLayer(
-                    f"transformers has no causal language model of type {config.model_type}, and only those are quantized: {error}"
+                    f"transformers has no causal language model of type {config.model_type}, and only those are quantized"
                 ) from error
     model.eval().requires_grad_(False)
     model.tie_weights()

@@ -2,8 +2,9 @@
 """What engines fuse: mixed schemes inside it are told, and only those."""
 
 import pytest
+from transformers import AutoModelForCausalLM
 
-from hf_autoround import AutoRound
+from hf_autoround import AutoRound, AutoRoundConfig
 from hf_autoround.planning.fused import fused_units
 from hf_autoround.scheme import BF16, integer_scheme
 
@@ -45,3 +46,11 @@ def test_a_mixed_scheme_inside_a_fused_layer_is_told(target, case, tiny_model, t
     )
     assert ("fuse q/k/v, gate/up" in caplog.text) == (said is not None)
     assert said is None or said in caplog.text
+
+
+def test_it_is_told_while_a_model_is_loaded_too(tiny_model, caplog):
+    arguments, said = CASES["q"]
+    AutoModelForCausalLM.from_pretrained(
+        tiny_model("llama"), quantization_config=AutoRoundConfig(scheme="W4A16G32", iters=0, disable_opt_rtn=True, **arguments)
+    )
+    assert said in caplog.text
