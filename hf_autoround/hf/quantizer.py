@@ -47,6 +47,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
         self.rounding: RoundWhileLoading | None = None  # what rounds each of its parameters, unless it is calibrated
         self.names: dict[str, str] = {}  # of its layers, in memory -> in its files
         self.apart: list[LeaveAlone | Unstack] = []  # what keeps packed experts from being merged
+        self.renewed: list[LeaveAlone] = []  # what has offloaded layers written anew whose codes are called `weight`
         self.relayouts: dict[Scheme, Layout] = {}  # for layers whose file has one that kernels do not read
         self.packed_layers: tuple[str, ...] = ()  # by name, when the model was loaded
         self.compileable = False
@@ -83,7 +84,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel | None = None) -> list:
         """Keep those that merge experts from the packed ones; some layers' experts may be float."""
-        return [*self.apart, *weight_conversions]
+        return [*self.apart, *weight_conversions, *self.renewed]
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
@@ -103,6 +104,9 @@ class AutoRoundHfQuantizer(HfQuantizer):
             schemes = self.plan.schemes
             layers = {site: (schemes[site.name], FORMAT.layout(self.plan, schemes[site.name])) for site in self.plan.sites}
             install_packed_layers(model, layers, keep_parameters=True)
+            # else transformers takes the float tensor of the same name, in the original file, for what is offloaded
+            namesakes = frozenset(site.name for site in layers if "weight" in model.get_submodule(site.name).packed_names)
+            self.renewed = [LeaveAlone(namesakes, model.base_model_prefix)]
 
     def _prepare_packed(self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None) -> None:
         """Make the packed layers that a quantized checkpoint's tensors go into."""
