@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
-from hf_autoround.backends.select import assign_backends, candidates
+from hf_autoround.backends.select import Chooser, assign_backends, candidates
 from hf_autoround.calibration.batches import CalibrationSet
 from hf_autoround.errors import UnsupportedLayer
 from hf_autoround.formats import read_config
@@ -50,7 +50,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
         self.renewed: list[LeaveAlone] = []  # what has offloaded layers written anew whose codes are called `weight`
         self.relayouts: dict[Scheme, Layout] = {}  # for layers whose file has one that kernels do not read
         self.packed_layers: tuple[str, ...] = ()  # by name, when the model was loaded
-        self.compileable = False
+        self.chooser: Chooser | None = None  # of backends, in a loaded model whose layers a compiler takes whole
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse a backend that cannot be had, arguments that cannot be meant, a placement that cannot be calibrated."""
@@ -141,9 +141,9 @@ class AutoRoundHfQuantizer(HfQuantizer):
                 module.requires_grad_(False)  # transformers makes float parameters trainable
                 if module.scheme in self.relayouts:
                     self._relayout(name, module)
-        backends = assign_backends(model, self.quantization_config.backend)
-        # packed experts look at the router's choice, which breaks a graph
-        self.compileable = all(backend.compiles for backend in backends) and not any(map(holds_packed_experts, model.modules()))
+        chooser = assign_backends(model, self.quantization_config.backend)
+        if not any(map(holds_packed_experts, model.modules())):  # they look at the router's choice, which breaks a graph
+            self.chooser = chooser
         model.config.quantization_config = self.quantization_config
         return model
 
@@ -164,7 +164,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         """Say whether `generate` may compile the model, as it does with a static cache on a GPU."""
-        return self.compileable
+        return self.chooser is not None and self.chooser.compiles
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, Any]]:
         """Make the config true before it is saved; the tensors are saved as they are."""

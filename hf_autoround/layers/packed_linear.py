@@ -64,6 +64,7 @@ class PackedLinear(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(size, dtype=kind), requires_grad=False))
         self.register_parameter("bias", nn.Parameter(torch.empty(shape[0], dtype=dtype), requires_grad=False) if bias else None)
         self.repacked: Repacked | None = None
+        self.chooser: Callable[[PackedLinear], None] = _forget_kernel  # called on another kind of device
         self._is_hf_initialized = True  # transformers must not initialise what it loads into
 
     @property
@@ -140,11 +141,13 @@ class PackedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move, but never cast, what is packed: `.to(bfloat16)` must not round the scales.
 
-        A kernel's order is good for one kind of device: on another the layout's tensors come back, and no kernel with them.
+        A kernel and its order are good for one kind of device: on another the layout's tensors come back, and a kernel is
+        chosen anew.
         """
-        if self.repacked is not None and fn(torch.empty(0, device=self.device)).device.type != self.device.type:
+        kind = self.device.type
+        moves = fn(torch.empty(0, device=self.device)).device.type != kind
+        if moves and self.repacked is not None:
             self.restore()
-            self.kernel = dequantize_and_multiply
         kept = {*self.packed_names, *self.input_names}
         packed = {id(tensor) for name, tensor in self._parameters.items() if name in kept}
         if self.repacked is not None:
@@ -155,7 +158,10 @@ class PackedLinear(nn.Module):
             moved = fn(tensor)
             return tensor.to(moved.device) if id(tensor) in packed and moved.dtype != tensor.dtype else moved
 
-        return super()._apply(move, recurse)
+        super()._apply(move, recurse)
+        if moves and kind != "meta":  # what leaves the meta device has no numbers yet
+            self.chooser(self)
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -172,6 +178,10 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme.name}, {self.layout.name}, bias={self.bias is not None}"
+
+
+def _forget_kernel(layer: PackedLinear) -> None:
+    layer.kernel = dequantize_and_multiply
 
 
 def dequantize_and_multiply(layer: PackedLinear, inputs: Tensor) -> Tensor:

@@ -93,10 +93,7 @@ class GatedBlock(nn.Module):
         return hidden + self.down(nn.functional.silu(self.gate(hidden)) * self.up(hidden))
 
 
-def test_a_block_on_two_devices_computes_what_it_does_on_one():
-    """The second device is torch's lazy backend, which every build has: other memory, the same arithmetic."""
-    backend = pytest.importorskip("torch._lazy.ts_backend")
-    backend.init()
+def test_a_block_on_two_devices_computes_what_it_does_on_one(other_device):
     block = GatedBlock().requires_grad_(False)
     hidden = torch.randn(2, 3, 8)
 
@@ -106,7 +103,7 @@ def test_a_block_on_two_devices_computes_what_it_does_on_one():
         return output.detach(), {name: weight.grad for name, weight in weights.items()}
 
     expected, gradients = result({name: weight.clone().requires_grad_() for name, weight in block.named_parameters()})
-    placement = Placement(CPU, (torch.device("lazy:0"),))
+    placement = Placement(CPU, (other_device,))
     placement.spread("block", block)
     assert {parameter.device.type for parameter in block.parameters()} == {"cpu", "lazy"}
     output, moved = result({name: weight.clone().requires_grad_() for name, weight in block.named_parameters()})
