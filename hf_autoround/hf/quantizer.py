@@ -50,6 +50,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
         self.renewed: list[LeaveAlone] = []  # what has offloaded layers written anew whose codes are called `weight`
         self.relayouts: dict[Scheme, Layout] = {}  # for layers whose file has one that kernels do not read
         self.packed_layers: tuple[str, ...] = ()  # by name, when the model was loaded
+        self.cast: dict[str, torch.dtype] = {}  # parameters and buffers that train in another dtype, and their own
         self.chooser: Chooser | None = None  # of backends, in a loaded model whose layers a compiler takes whole
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -178,6 +179,28 @@ class AutoRoundHfQuantizer(HfQuantizer):
             if isinstance(modules.get(name), nn.Linear | Conv1D):
                 self._name_plain(name)
 
+    @torch.no_grad()
+    def cast_for_training(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Cast what is not packed; packed layers go on multiplying in their own dtype if it is narrower."""
+        for layer in model.modules():
+            if isinstance(layer, PackedLinear) and layer.compute_dtype.itemsize < dtype.itemsize:
+                layer.product_dtype = layer.compute_dtype
+        before = {name: tensor.dtype for name, tensor in _named_tensors(model)}
+        nn.Module.to(model, dtype)  # PreTrainedModel.to refuses some quantized models; packed tensors are never cast
+        cast = {name: before[name] for name, tensor in _named_tensors(model) if tensor.dtype != before[name]}
+        self.cast = cast | self.cast
+
+    @torch.no_grad()
+    def undo_cast(self, model: nn.Module) -> None:
+        """Undo `cast_for_training`, whether packed layers have become plain ones or not."""
+        for name, tensor in _named_tensors(model):
+            if name in self.cast:
+                tensor.data = tensor.data.to(self.cast[name])
+        for layer in model.modules():
+            if isinstance(layer, PackedLinear):
+                layer.product_dtype = None
+        self.cast = {}
+
     def _name_plain(self, name: str) -> None:
         named = getattr(self.quantization_config, "extra_config", None) or {}
         self.quantization_config.extra_config = {**named, name: BF16.to_dict()}
@@ -200,3 +223,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
         schemes = self.plan.schemes.values() if self.plan else (wanted_scheme(self.arguments),)
         tuned = config.iters or getattr(config, "end_to_end_steps", 0)
         return bool(tuned or searched) or any(map(needs_calibration, schemes))
+
+
+def _named_tensors(model: nn.Module) -> tuple[tuple[str, torch.Tensor], ...]:
+    return (*model.named_parameters(), *model.named_buffers())

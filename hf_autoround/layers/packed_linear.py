@@ -59,6 +59,7 @@ class PackedLinear(nn.Module):
         self.scheme, self.layout, self.kernel = scheme, layout, kernel or dequantize_and_multiply
         self.transposed = False  # whether it stands for a Conv1D, which stores (I, O)
         self.compute_dtype = dtype  # what the plain layer's weight would be; PEFT looks here too
+        self.product_dtype: torch.dtype | None = None  # what inputs are cast to, where activations are wider; None: nothing
         self.packed_names, self.input_names = tuple(layout.empty(self.spec, shape)), tuple(input_tensors(scheme))
         for name, (size, kind) in (layout.empty(self.spec, shape) | input_tensors(scheme)).items():
             self.register_parameter(name, nn.Parameter(torch.empty(size, dtype=kind), requires_grad=False))
@@ -129,7 +130,9 @@ class PackedLinear(nn.Module):
             self.repack(kind)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.kernel(self, self.quantized_inputs(inputs))
+        if self.product_dtype is None or torch.is_autocast_enabled(inputs.device.type):
+            return self.kernel(self, self.quantized_inputs(inputs))
+        return self.kernel(self, self.quantized_inputs(inputs.to(self.product_dtype))).to(inputs.dtype)
 
     def quantized_inputs(self, inputs: Tensor) -> Tensor:
         """Return what the weight is multiplied with."""
@@ -152,7 +155,8 @@ class PackedLinear(nn.Module):
         packed = {id(tensor) for name, tensor in self._parameters.items() if name in kept}
         if self.repacked is not None:
             packed |= {id(buffer) for buffer in self.repacked.buffers()}
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        if self.product_dtype is None:
+            self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
