@@ -54,3 +54,10 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("there is no folder of shared test data beside the project")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def other_device():
+    """A second kind of device: torch's lazy backend, which every build has: other memory, the same arithmetic."""
+    pytest.importorskip("torch._lazy.ts_backend").init()
+    return torch.device("lazy:0")

@@ -176,12 +176,12 @@ def _input_gradient(layer: PackedLinear, gradient: Tensor) -> Tensor:
 @lru_cache
 def _tried(kind: type[ForeignLayer], layout: IntegerLayout, bits: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Return why a kernel fails on a layer of 128 by 128, or None."""
-    tiny = PackedLinear((128, 128), integer_scheme(bits, 128), layout, _outputs, bias=False, dtype=dtype).to(device)
+    tiny = PackedLinear((128, 128), integer_scheme(bits, 128), layout, bias=False, dtype=dtype).to(device)
     for tensor in tiny.packed().values():
         tensor.data.zero_()
     try:
         tiny.repack(kind)
-        tiny(torch.zeros(1, 128, dtype=dtype, device=device))
+        _outputs(tiny, torch.zeros(1, 128, dtype=dtype, device=device))
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         return _sentence(error)
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -56,23 +57,48 @@ def select_backend(layer: PackedLinear, name: str, wanted: str = "auto") -> Back
     )
 
 
-@torch.no_grad()
-def assign_backends(model: nn.Module, wanted: str = "auto") -> tuple[Backend, ...]:
-    """Give every packed layer of a loaded model its backend, put the layer into that backend's order; return the backends.
+@dataclass
+class Chooser:
+    """Gives packed layers the backend that was asked for, and again when they have moved to another kind of device."""
+
+    wanted: str
+    compiles: bool = True  # whether every backend given so far does
+
+    def __call__(self, layer: PackedLinear) -> None:
+        """Choose for a layer that has moved; where the wanted backend cannot run, another one does."""
+        name = f"what was moved to {layer.device.type}"
+        try:
+            backend = select_backend(layer, name, self.wanted)
+        except UnsupportedLayer as error:
+            backend = select_backend(layer, name)
+            logger.warning_once(f"{error}, as is done now")
+        logger.info_once(f"backend {backend.name}: layers of {layer.scheme.name}, {name}")
+        self.give(layer, backend)
+
+    @torch.no_grad()
+    def give(self, layer: PackedLinear, backend: Backend) -> None:
+        """Put a layer into a backend's order, to be run by it."""
+        backend.prepare(layer)
+        layer.kernel, layer.chooser = backend.forward, self
+        self.compiles = self.compiles and backend.compiles
+
+
+def assign_backends(model: nn.Module, wanted: str = "auto") -> Chooser:
+    """Give every packed layer of a loaded model its backend; return what chooses again when the model moves.
 
     Layer by layer, so that there is one layer more than the model in memory. Raises UnsupportedLayer, UnknownName or
     MissingDependency.
     """
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear)]
     chosen = [select_backend(layer, name, wanted) for name, layer in layers]  # before any is changed
+    chooser = Chooser(wanted)
     for (_, layer), backend in zip(layers, chosen, strict=True):
-        backend.prepare(layer)
-        layer.kernel = backend.forward
+        chooser.give(layer, backend)
     kinds = Counter((backend.name, layer.scheme.name) for (_, layer), backend in zip(layers, chosen, strict=True))
     for (backend_name, scheme), count in kinds.items():
         logger.info(f"backend {backend_name}: {count} layers of {scheme}")
     release_memory()
-    return tuple({backend.name: backend for backend in chosen}.values())
+    return chooser
 
 
 def _together(reasons: Iterable[tuple[str, str | None]]) -> str:

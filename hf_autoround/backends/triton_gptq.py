@@ -52,6 +52,10 @@ class TritonGPTQ(Backend):
         columns, group = layer.in_features, group_columns(layer.in_features, layer.spec.granularity)
         return every_reason(
             elsewhere and f"it runs on CUDA and ROCm devices, not on {device.type}",
+            device.type == "cuda"
+            and layer.compute_dtype == torch.bfloat16
+            and not _knows_bfloat16(device)
+            and "this GPU is too old for bfloat16, which the model is in: load it with dtype=torch.float16",
             layer.spec.data_type != "int" and f"it multiplies integers, not {layer.spec.data_type}",
             set(layer.packed_names) != {"qweight", "qzeros", "scales"} and f"it cannot read the layout {layer.layout.name}",
             columns % 32 and f"it needs a multiple of 32 inputs, not {columns}",
@@ -67,6 +71,12 @@ class TritonGPTQ(Backend):
     def forward(self, layer: PackedLinear, inputs: Tensor) -> Tensor:
         """Return x W^T + b in the dtype of x."""
         return multiply(layer, inputs, _outputs, _input_gradient)
+
+
+def _knows_bfloat16(device: torch.device) -> bool:
+    if torch.version.hip is not None or not torch.cuda.is_available():  # named, but not here: as any that is sold now
+        return True
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _outputs(layer: PackedLinear, rows: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from hf_autoround.numerics.feedback import round_with_feedback
 from hf_autoround.tuning.opt_rtn import searched
 from hf_autoround.tuning.rtn import by_rows
 from hf_autoround.tuning.task import TunableWeight
+
+if TYPE_CHECKING:
+    from hf_autoround.hf.quantizer import AutoRoundHfQuantizer
 
 logger = logging.get_logger(__name__)
 
@@ -58,18 +61,25 @@ def prepare_model_for_lora(
 ) -> PreTrainedModel:
     """Make a quantized model ready for adapters, as `prepare_model_for_kbit_training` does for other quantizations.
 
-    Everything is frozen; norms, embeddings and whatever else is not packed is cast to `dtype` (None leaves it);
-    activations are recomputed in the backward pass, and the embedding's outputs ask for gradients.
-    Raises AutoRoundError for a model without packed layers.
+    Everything is frozen; norms, embeddings and whatever else is not packed is cast to `dtype` (None leaves it) until an
+    adapter is merged and unloaded, and packed layers multiply as before; activations are recomputed in the backward pass,
+    and the embedding's outputs ask for gradients.
+    Raises AutoRoundError for a model without packed layers, or a part of one.
     """
     if not any(isinstance(module, PackedLinear) for module in model.modules()):
         raise AutoRoundError(
             "prepare_model_for_lora is for models that hf_autoround quantized, and this one has no packed layer; "
             "get_peft_model takes a float model as it is"
         )
+    quantizer = _quantizer(model)
+    if quantizer is None:
+        raise AutoRoundError(
+            f"prepare_model_for_lora needs the whole model, as from_pretrained returned it, and this {type(model).__name__} is a "
+            "part of one; pass the model that it is a part of"
+        )
     model.requires_grad_(False)
     if dtype is not None:
-        nn.Module.to(model, dtype)  # PreTrainedModel.to refuses some quantized models; packed tensors are never cast
+        quantizer.cast_for_training(model, dtype)
     if use_gradient_checkpointing:
         model.enable_input_require_grads()
         # transformers 5.23 renamed it
@@ -136,6 +146,12 @@ class LoraOnPacked(nn.Module):
                 f"a packed layer cannot have {', '.join(asked)}: it has no float weight. It takes plain LoRA, with use_rslora, "
                 "lora_bias, dropout and init_lora_weights=True, False or 'gaussian'"
             )
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return what PEFT's layer does, in the dtype of `x`; a merged weight has its own."""
+        if not self.packed_aside or torch.is_autocast_enabled(x.device.type):
+            return super().forward(x, *args, **kwargs)
+        return super().forward(x.to(self.base_layer.weight.dtype), *args, **kwargs).to(x.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put a plain layer with the adapters added in place of the packed one."""
@@ -227,13 +243,20 @@ class LoraOnPackedModel(nn.Module):
         return found
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        from hf_autoround.hf.quantizer import AutoRoundHfQuantizer  # slow to import, and `import peft` runs this file
-
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        quantizer = getattr(model, "hf_quantizer", None)
-        if isinstance(quantizer, AutoRoundHfQuantizer):
+        quantizer = _quantizer(model)
+        if quantizer is not None:
             quantizer.name_plain_layers(model)
+            quantizer.undo_cast(model)
         return model
+
+
+def _quantizer(model: nn.Module) -> AutoRoundHfQuantizer | None:
+    """Return what loaded a model, if that was ours."""
+    from hf_autoround.hf.quantizer import AutoRoundHfQuantizer  # slow to import, and `import peft` runs this file
+
+    quantizer = getattr(model, "hf_quantizer", None)
+    return quantizer if isinstance(quantizer, AutoRoundHfQuantizer) else None
 
 
 def _all_linear(peft_config: Any, model: nn.Module) -> set[str]:

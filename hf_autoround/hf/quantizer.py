@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
-from hf_autoround.backends.select import assign_backends, candidates
+from hf_autoround.backends.select import Chooser, assign_backends, candidates
 from hf_autoround.calibration.batches import CalibrationSet
 from hf_autoround.errors import AutoRoundError, UnsupportedLayer, UnsupportedScheme
 from hf_autoround.formats import read_config
@@ -51,9 +51,11 @@ class AutoRoundHfQuantizer(HfQuantizer):
         self.rounding: RoundWhileLoading | None = None  # what rounds each of its parameters, unless it is calibrated
         self.names: dict[str, str] = {}  # of its layers, in memory -> in its files
         self.apart: list[LeaveAlone | Unstack] = []  # what keeps packed experts from being merged
+        self.renewed: list[LeaveAlone] = []  # what has offloaded layers written anew whose codes are called `weight`
         self.relayouts: dict[Scheme, Layout] = {}  # for layers whose file has one that kernels do not read
         self.packed_layers: tuple[str, ...] = ()  # by name, when the model was loaded
-        self.compileable = False
+        self.cast: dict[str, torch.dtype] = {}  # parameters and buffers that train in another dtype, and their own
+        self.chooser: Chooser | None = None  # of backends, in a loaded model whose layers a compiler takes whole
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse a backend that cannot be had, arguments that cannot be meant, a placement that cannot be calibrated."""
@@ -87,7 +89,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel | None = None) -> list:
         """Keep those that merge experts from the packed ones; some layers' experts may be float."""
-        return [*self.apart, *weight_conversions]
+        return [*self.apart, *weight_conversions, *self.renewed]
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
@@ -112,6 +114,9 @@ class AutoRoundHfQuantizer(HfQuantizer):
             schemes = self.plan.schemes
             layers = {site: (schemes[site.name], FORMAT.layout(self.plan, schemes[site.name])) for site in self.plan.sites}
             install_packed_layers(model, layers, keep_parameters=True)
+            # else transformers takes the float tensor of the same name, in the original file, for what is offloaded
+            namesakes = frozenset(site.name for site in layers if "weight" in model.get_submodule(site.name).packed_names)
+            self.renewed = [LeaveAlone(namesakes, model.base_model_prefix)]
 
     def _prepare_packed(self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None) -> None:
         """Make the packed layers that a quantized checkpoint's tensors go into."""
@@ -153,9 +158,9 @@ class AutoRoundHfQuantizer(HfQuantizer):
                 module.requires_grad_(False)  # transformers makes float parameters trainable
                 if module.scheme in self.relayouts:
                     self._relayout(name, module)
-        backends = assign_backends(model, self.quantization_config.backend)
-        # packed experts look at the router's choice, which breaks a graph
-        self.compileable = all(backend.compiles for backend in backends) and not any(map(holds_packed_experts, model.modules()))
+        chooser = assign_backends(model, self.quantization_config.backend)
+        if not any(map(holds_packed_experts, model.modules())):  # they look at the router's choice, which breaks a graph
+            self.chooser = chooser
         model.config.quantization_config = self.quantization_config
         return model
 
@@ -176,7 +181,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         """Say whether `generate` may compile the model, as it does with a static cache on a GPU."""
-        return self.compileable
+        return self.chooser is not None and self.chooser.compiles
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, Any]]:
         """Make the config true before it is saved; the tensors are saved as they are."""
@@ -189,6 +194,28 @@ class AutoRoundHfQuantizer(HfQuantizer):
         for name in self.packed_layers:
             if isinstance(modules.get(name), nn.Linear | Conv1D):
                 self._name_plain(name)
+
+    @torch.no_grad()
+    def cast_for_training(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Cast what is not packed; packed layers go on multiplying in their own dtype if it is narrower."""
+        for layer in model.modules():
+            if isinstance(layer, PackedLinear) and layer.compute_dtype.itemsize < dtype.itemsize:
+                layer.product_dtype = layer.compute_dtype
+        before = {name: tensor.dtype for name, tensor in _named_tensors(model)}
+        nn.Module.to(model, dtype)  # PreTrainedModel.to refuses some quantized models; packed tensors are never cast
+        cast = {name: before[name] for name, tensor in _named_tensors(model) if tensor.dtype != before[name]}
+        self.cast = cast | self.cast
+
+    @torch.no_grad()
+    def undo_cast(self, model: nn.Module) -> None:
+        """Undo `cast_for_training`, whether packed layers have become plain ones or not."""
+        for name, tensor in _named_tensors(model):
+            if name in self.cast:
+                tensor.data = tensor.data.to(self.cast[name])
+        for layer in model.modules():
+            if isinstance(layer, PackedLinear):
+                layer.product_dtype = None
+        self.cast = {}
 
     def _name_plain(self, name: str) -> None:
         named = getattr(self.quantization_config, "extra_config", None) or {}
@@ -212,3 +239,7 @@ class AutoRoundHfQuantizer(HfQuantizer):
         schemes = self.plan.schemes.values() if self.plan else (wanted_scheme(self.arguments),)
         tuned = config.iters or getattr(config, "end_to_end_steps", 0)
         return bool(tuned or searched) or any(map(needs_calibration, schemes))
+
+
+def _named_tensors(model: nn.Module) -> tuple[tuple[str, torch.Tensor], ...]:
+    return (*model.named_parameters(), *model.named_buffers())

@@ -59,11 +59,13 @@ class PackedLinear(nn.Module):
         self.scheme, self.layout, self.kernel = scheme, layout, kernel or dequantize_and_multiply
         self.transposed = False  # whether it stands for a Conv1D, which stores (I, O)
         self.compute_dtype = dtype  # what the plain layer's weight would be; PEFT looks here too
+        self.product_dtype: torch.dtype | None = None  # what inputs are cast to, where activations are wider; None: nothing
         self.packed_names, self.input_names = tuple(layout.empty(self.spec, shape)), tuple(input_tensors(scheme))
         for name, (size, kind) in (layout.empty(self.spec, shape) | input_tensors(scheme)).items():
             self.register_parameter(name, nn.Parameter(torch.empty(size, dtype=kind), requires_grad=False))
         self.register_parameter("bias", nn.Parameter(torch.empty(shape[0], dtype=dtype), requires_grad=False) if bias else None)
         self.repacked: Repacked | None = None
+        self.chooser: Callable[[PackedLinear], None] = _forget_kernel  # called on another kind of device
         self._is_hf_initialized = True  # transformers must not initialise what it loads into
 
     @property
@@ -128,7 +130,9 @@ class PackedLinear(nn.Module):
             self.repack(kind)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.kernel(self, self.quantized_inputs(inputs))
+        if self.product_dtype is None or torch.is_autocast_enabled(inputs.device.type):
+            return self.kernel(self, self.quantized_inputs(inputs))
+        return self.kernel(self, self.quantized_inputs(inputs.to(self.product_dtype))).to(inputs.dtype)
 
     def quantized_inputs(self, inputs: Tensor) -> Tensor:
         """Return what the weight is multiplied with."""
@@ -140,22 +144,28 @@ class PackedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move, but never cast, what is packed: `.to(bfloat16)` must not round the scales.
 
-        A kernel's order is good for one kind of device: on another the layout's tensors come back, and no kernel with them.
+        A kernel and its order are good for one kind of device: on another the layout's tensors come back, and a kernel is
+        chosen anew.
         """
-        if self.repacked is not None and fn(torch.empty(0, device=self.device)).device.type != self.device.type:
+        kind = self.device.type
+        moves = fn(torch.empty(0, device=self.device)).device.type != kind
+        if moves and self.repacked is not None:
             self.restore()
-            self.kernel = dequantize_and_multiply
         kept = {*self.packed_names, *self.input_names}
         packed = {id(tensor) for name, tensor in self._parameters.items() if name in kept}
         if self.repacked is not None:
             packed |= {id(buffer) for buffer in self.repacked.buffers()}
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        if self.product_dtype is None:
+            self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return tensor.to(moved.device) if id(tensor) in packed and moved.dtype != tensor.dtype else moved
 
-        return super()._apply(move, recurse)
+        super()._apply(move, recurse)
+        if moves and kind != "meta":  # what leaves the meta device has no numbers yet
+            self.chooser(self)
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -172,6 +182,10 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme.name}, {self.layout.name}, bias={self.bias is not None}"
+
+
+def _forget_kernel(layer: PackedLinear) -> None:
+    layer.kernel = dequantize_and_multiply
 
 
 def dequantize_and_multiply(layer: PackedLinear, inputs: Tensor) -> Tensor:

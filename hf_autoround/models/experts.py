@@ -19,7 +19,7 @@ from hf_autoround.layers.sites import WeightSite
 from hf_autoround.models.loading import conversions
 
 
-def fused_experts(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+def fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield (name, module) for each module whose experts transformers computes from 3-D parameters, one at a time.
 
     They are the classes decorated with `use_experts_implementation`: their eager forward takes `parameter[expert]`, which

@@ -157,7 +157,8 @@ def names_in_memory(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, st
 
 class LeaveAlone(WeightConverter):
     """Stands before a model's own converters and keeps them from tensors that they would merge: those of packed experts,
-    where a layout calls its codes `weight` (transformers 5.16 takes all whose names begin so).
+    where a layout calls its codes `weight` (transformers 5.16 takes all whose names begin so). Behind them it makes
+    transformers write what is offloaded anew, as after every converter.
 
     `names` are the layers' names in memory. It never counts as used, so that saving knows nothing of it.
     """

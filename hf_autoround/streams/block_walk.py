@@ -238,7 +238,7 @@ class BlockWalk:
         """Move both chains behind the block."""
         assert self.targets is not None
         if self.settings.quantized_inputs:
-            weights = {name: tensor.to(self.device, self.dtype) for name, tensor in result.tuned.items()}
+            weights = {name: tensor.to(self.lazy.model.get_parameter(name)) for name, tensor in result.tuned.items()}
             for name, tensor, transposed in self.weights(runner):
                 weights[name] = oriented(result.layers[name].weight(), transposed).to(tensor)
             self.inputs = runner.all(self.inputs, weights, self.share.batch_size)

@@ -122,6 +122,7 @@ def prepare(
     placement = resolve_placement(args.device_map, processes.device)
     lazy = open_model(model, trust_remote_code=args.trust_remote_code)
     parts = model_parts(lazy.model)
+    placement.refuse_patterns(lazy.model, parts.block_names)
     plan = plan_for(lazy.model, parts, scheme, args, formats, name=lazy.name)
     keys = source_keys(lazy, plan)
     output = OutputFolder(Path(args.output_dir).expanduser(), formats)

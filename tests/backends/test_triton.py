@@ -69,6 +69,19 @@ def test_a_refusal_says_why(layer, device, reason, monkeypatch):
     assert TritonGPTQ().refuse(layer, device) == reason
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype", "old"),
+    [((7, 5), torch.bfloat16, True), ((7, 5), torch.float16, False), ((8, 0), torch.bfloat16, False)],
+    ids=str,
+)
+def test_a_gpu_without_bfloat16_is_given_no_model_in_it(capability, dtype, old, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    reason = TritonGPTQ().refuse(packed_linear(4, 32, True, (8, 64), dtype=dtype), GPU)
+    assert (reason is not None and "too old for bfloat16" in reason) == old and (old or reason is None)
+
+
 def test_without_triton_the_package_is_named(monkeypatch):
     monkeypatch.setattr("hf_autoround.backends.base.find_spec", lambda name: None)
     assert missing(TritonGPTQ()) == "it needs triton, which is not installed: pip install triton"

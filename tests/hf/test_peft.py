@@ -272,6 +272,29 @@ def test_a_bfloat16_model_keeps_its_dtype_through_a_merge(quantized, tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(merged))
 
 
+def test_a_bfloat16_model_multiplies_in_it_while_it_trains_and_comes_back_in_it(quantized, tmp_path, monkeypatch):
+    dtypes = {name: tensor.dtype for name, tensor in quantized(dtype=torch.bfloat16).named_buffers()}
+    model = adapted(prepare_model_for_lora(quantized(dtype=torch.bfloat16)))
+    layers, seen = [module for module in model.modules() if isinstance(module, PackedLinear)], set()
+    assert {layer.compute_dtype for layer in layers} == {torch.bfloat16}
+    for layer in layers:
+        kernel = layer.kernel
+        layer.kernel = lambda own, inputs, kernel=kernel: seen.add(inputs.dtype) or kernel(own, inputs)
+    before = logits(model)
+    assert before.dtype == torch.float32 and seen == {torch.bfloat16}
+    model.merge_adapter()
+    assert logits(model).dtype == torch.float32
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=0.05)
+    merged = model.merge_and_unload()
+    assert {parameter.dtype for parameter in merged.parameters() if parameter.ndim == 1} == {torch.bfloat16}
+    assert merged.model.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
+    assert {name: tensor.dtype for name, tensor in merged.named_buffers()}.items() <= dtypes.items()
+    assert torch.float32 in dtypes.values()  # rotary tables, whichever dtype the model is in
+    torch.testing.assert_close(logits(merged).float(), before, rtol=0, atol=0.1)
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(merged))
+
+
 @pytest.mark.parametrize("scheme", ["W4A16G32", "W8A16G32", "W3A16G32"])
 def test_a_layer_in_a_kernels_own_order_learns_and_takes_a_merge(scheme, quantized, tmp_path):
     model = adapted(prepare_model_for_lora(quantized(dtype=torch.bfloat16, scheme=scheme), dtype=None))
@@ -287,10 +310,12 @@ def test_a_layer_in_a_kernels_own_order_learns_and_takes_a_merge(scheme, quantiz
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(merged))
 
 
-def test_what_is_not_ours_is_refused_in_a_sentence(tiny_model):
+def test_what_is_not_ours_is_refused_in_a_sentence(tiny_model, quantized):
     float_model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
     with pytest.raises(AutoRoundError, match="no packed layer"):
         prepare_model_for_lora(float_model)
+    with pytest.raises(AutoRoundError, match="this LlamaModel is a part of one"):
+        prepare_model_for_lora(quantized().model)
     with pytest.raises(AutoRoundError, match="not a LlamaForCausalLM"):
         merge_onto_grid(float_model)
     with pytest.raises(AutoRoundError, match="no adapter on a packed layer"):

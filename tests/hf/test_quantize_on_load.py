@@ -155,12 +155,13 @@ def test_placing_it_automatically_counts_packed_sizes(tiny_model, tmp_path):
     assert not any(parameter.device.type == "meta" for parameter in model.parameters())
 
 
-def test_offloaded_to_disk_it_computes_and_saves_the_same(tiny_model, tmp_path):
-    folder, config, rows = tiny_model("llama"), AutoRoundConfig(scheme="W4A16G32"), tokens()[:2]
+@pytest.mark.parametrize(("scheme", "codes"), [("W4A16G32", "qweight"), ("MXFP8", "weight"), ("FP8_BLOCK", "weight")])
+def test_offloaded_to_disk_it_computes_and_saves_the_same(scheme, codes, tiny_model, tmp_path):
+    folder, config, rows = tiny_model("llama"), AutoRoundConfig(scheme=scheme), tokens()[:2]
     device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu"}
     device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
     model = load(folder, quantization_config=config, device_map=device_map, offload_folder=tmp_path / "offload")
-    assert model.model.layers[1].mlp.up_proj.qweight.device.type == "meta"
+    assert model.model.layers[1].mlp.up_proj.get_parameter(codes).device.type == "meta"
     whole = load(folder, quantization_config=config)
     assert torch.equal(model(rows).logits, whole(rows).logits)
     assert_equal(saved(model, tmp_path / "ours"), saved(whole, tmp_path / "theirs"))

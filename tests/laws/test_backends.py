@@ -16,6 +16,7 @@ from hf_autoround.backends import ALIASES, BACKENDS
 from hf_autoround.backends.base import missing
 from hf_autoround.backends.int4_order import measured_order
 from hf_autoround.backends.select import assign_backends, candidates, select_backend
+from hf_autoround.backends.torch_reference import TorchReference
 from hf_autoround.errors import MissingDependency, UnknownName, UnsupportedLayer
 from hf_autoround.layers.packed_linear import PackedLinear, dequantize_and_multiply
 from hf_autoround.layouts import LAYOUTS, PackQuantized
@@ -275,6 +276,39 @@ def test_a_backend_that_refuses_says_which_layer_and_why_and_nothing_is_changed(
     assert all(module.repacked is None for module in layers) and layers.state_dict().keys() == before.keys()
     assign_backends(layers)
     assert [module.kernel.__self__.name for module in layers] == ["cpu_int8", "cpu_int4"]
+
+
+class OnlyThere(TorchReference):
+    """The reference, on one kind of device alone."""
+
+    name, compiles = "only_there", False
+
+    def refuse(self, layer, device):
+        return None if device.type == "lazy" else f"it does not run on {device.type}"
+
+
+@pytest.mark.parametrize("wanted", ["auto", "only_there", "cpu_int4", "torch"])
+def test_a_layer_gets_the_backend_of_the_device_that_it_moves_to(wanted, other_device, monkeypatch):
+    monkeypatch.setattr("hf_autoround.backends.select.BACKENDS", (OnlyThere(), *BACKENDS))
+    layer = packed_layer(LAYOUTS[0], integer_scheme(4, 64), (64, 256))
+    there = layer.to(other_device) if wanted == "only_there" else layer
+    chooser = assign_backends(torch.nn.Sequential(there), wanted)
+    before, names = chooser.compiles, {}
+    for place in (CPU, other_device, CPU):
+        moved = torch.nn.Sequential(there).to(place)[0]
+        names[place] = moved.kernel.__self__.name
+        inputs = torch.randn(3, 256).bfloat16()
+        expected = dequantize_and_multiply(packed_layer(LAYOUTS[0], integer_scheme(4, 64), (64, 256)), inputs)
+        assert distance(moved(inputs.to(place)).cpu(), expected) < 8e-3
+    anywhere = dict.fromkeys(names, "torch")
+    assert names == (anywhere if wanted == "torch" else {CPU: "cpu_int4", other_device: "only_there"})
+    assert before == (wanted != "only_there") and chooser.compiles == (wanted == "torch")
+
+
+def test_a_layer_that_was_given_no_backend_keeps_none_elsewhere():
+    layer = packed_layer(LAYOUTS[0], integer_scheme(4, 64), (64, 256))
+    layer.kernel = OnlyThere().forward
+    assert layer.bfloat16().kernel != dequantize_and_multiply and layer.to("meta").kernel == dequantize_and_multiply
 
 
 @pytest.mark.parametrize("name", ["cpu_int4", "cpu_int8", "torch"])

@@ -3,10 +3,14 @@
 
 import pytest
 import torch
+from tiny import CONFIGS, tokens
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from hf_autoround.errors import AutoRoundError
+from hf_autoround import RoundingArguments, RoundingTrainer
+from hf_autoround.errors import AutoRoundError, UnknownName
 from hf_autoround.layers.fake_quantized_block import run_block
+from hf_autoround.models.blocks import model_parts
 from hf_autoround.models.placement import Placement, resolve_placement
 
 CPU, FIRST, SECOND = torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")
@@ -47,10 +51,11 @@ def test_what_a_device_map_means(device_map, placement, two_accelerators):
         ("gpu", "is no device"),
         ([], "empty list"),
         ({"q_proj": 7}, "there are 2"),
+        ({"*.mlp": 1}, r"'\*.mlp' is no regular expression \(nothing to repeat"),
     ],
     ids=str,
 )
-def test_devices_that_are_not_there_are_refused(device_map, why, two_accelerators):
+def test_what_cannot_be_meant_is_refused(device_map, why, two_accelerators):
     with pytest.raises(AutoRoundError, match=why):
         resolve_placement(device_map)
 
@@ -84,6 +89,30 @@ def test_layers_are_shared_out_by_size_and_patterns_come_first():
     assert assigned(Placement(FIRST, patterns=(("layers.4", CPU),))) == {}
 
 
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [("q_prj", "'q_prj' matches no layer .* did you mean q_proj"), ("lm_head", "everything else is on the main device")],
+)
+def test_a_pattern_that_matches_no_layer_is_refused_before_any_work(pattern, says, tiny_model, tmp_path):
+    args = RoundingArguments(output_dir=str(tmp_path / "out"), device_map={pattern: "cpu"})
+    with pytest.raises(UnknownName, match=says):
+        RoundingTrainer(tiny_model("llama"), args).prepare()
+
+
+@pytest.mark.parametrize(("architecture", "layers"), [("gpt_oss", {"mlp.experts"}), ("gpt2", {"mlp.c_fc", "mlp.c_proj"})])
+def test_fused_experts_and_transposed_layers_are_spread_too(architecture, layers, other_device):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[architecture], experts_implementation="eager").eval()
+    block = model.get_submodule(model_parts(model).block_names[1])
+    inputs = tokens(2, 8)
+    expected = model(inputs).logits
+    placement = Placement(CPU, patterns=(("mlp", other_device),))
+    assert placement._assign("", block).keys() == layers
+    placement.spread("", block)
+    assert {parameter.device.type for name in layers for parameter in block.get_submodule(name).parameters()} == {"lazy"}
+    torch.testing.assert_close(model(inputs).logits, expected)
+
+
 class GatedBlock(nn.Module):
     def __init__(self):
         super().__init__()
@@ -93,10 +122,7 @@ class GatedBlock(nn.Module):
         return hidden + self.down(nn.functional.silu(self.gate(hidden)) * self.up(hidden))
 
 
-def test_a_block_on_two_devices_computes_what_it_does_on_one():
-    """The second device is torch's lazy backend, which every build has: other memory, the same arithmetic."""
-    backend = pytest.importorskip("torch._lazy.ts_backend")
-    backend.init()
+def test_a_block_on_two_devices_computes_what_it_does_on_one(other_device):
     block = GatedBlock().requires_grad_(False)
     hidden = torch.randn(2, 3, 8)
 
@@ -106,7 +132,7 @@ def test_a_block_on_two_devices_computes_what_it_does_on_one():
         return output.detach(), {name: weight.grad for name, weight in weights.items()}
 
     expected, gradients = result({name: weight.clone().requires_grad_() for name, weight in block.named_parameters()})
-    placement = Placement(CPU, (torch.device("lazy:0"),))
+    placement = Placement(CPU, (other_device,))
     placement.spread("block", block)
     assert {parameter.device.type for parameter in block.parameters()} == {"cpu", "lazy"}
     output, moved = result({name: weight.clone().requires_grad_() for name, weight in block.named_parameters()})
