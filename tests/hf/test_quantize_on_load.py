@@ -92,8 +92,12 @@ def test_a_pipeline_quantizes_on_load(tiny_model):
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
 @pytest.mark.parametrize(
     ("recipe", "arguments"),
-    [("default", {"iters": 4, "nsamples": 8, "seqlen": 24}), ("opt-rtn", {"iters": 0, "nsamples": 8, "seqlen": 24})],
-    ids=["tuned", "searched"],
+    [
+        ("default", {"iters": 4, "nsamples": 8, "seqlen": 24}),
+        ("opt-rtn", {"iters": 0, "nsamples": 8, "seqlen": 24}),
+        ("e2e", {"iters": 0, "end_to_end_steps": 3, "self_samples": 8, "nsamples": 8, "seqlen": 24}),
+    ],
+    ids=["tuned", "searched", "end to end"],
 )
 def test_with_data_it_equals_the_offline_run(name, recipe, arguments, tiny_model, tmp_path):
     folder = tiny_model(name)

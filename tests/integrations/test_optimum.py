@@ -49,7 +49,23 @@ main()
 
 
 def test_it_quantizes_a_model(tiny_model, tmp_path):
-    flags = ["--scheme", "W3A16G32", "--iters", "2", "--dataset", "pydoc", "--seqlen", "16", "--nsamples", "8", "--disable_tqdm"]
+    flags = [
+        "--scheme",
+        "W3A16G32",
+        "--iters",
+        "2",
+        "--end_to_end_steps",
+        "2",
+        "--self_samples",
+        "8",
+        "--dataset",
+        "pydoc",
+        "--seqlen",
+        "16",
+        "--nsamples",
+        "8",
+        "--disable_tqdm",
+    ]
     done = optimum_cli("export", "autoround", "--model", tiny_model("llama"), tmp_path / "out", *flags)
     assert done.returncode == 0, done.stderr
     assert f"written to {tmp_path / 'out'}" in done.stdout and "W3A16G32" in done.stderr
