@@ -93,9 +93,12 @@ class Judge:
         from torch.nn import functional as F
         from transformers import AutoModelForCausalLM
 
+        from hf_autoround import AutoRoundConfig
         from hf_autoround.layers.packed_linear import PackedLinear
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+        quantized = "quantization_config" in json.loads((Path(folder) / "config.json").read_text())
+        extra = {"quantization_config": AutoRoundConfig()} if quantized else {}  # or others' readers would take some formats
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **extra)
         for layer in model.modules():
             if isinstance(layer, PackedLinear):
                 weight = layer.dequantized()
