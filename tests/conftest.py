@@ -3,6 +3,7 @@
 
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # side by side, also in the processes that tests start, more threads wait for cores
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the Hub fails at once instead of trying for half a minute
 
 from pathlib import Path
