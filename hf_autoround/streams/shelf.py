@@ -7,7 +7,9 @@ of any depth takes no more of it than one block.
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from errno import ENOSPC
@@ -54,6 +56,8 @@ class Shelf:
                 raise OSError(ENOSPC, "no space left on the disk")
             with path.open("wb") as stream:
                 stream.truncate(max(end, 1))
+                if sys.platform == "linux":  # claims the room, or another program may fill the disk
+                    os.posix_fallocate(stream.fileno(), 0, max(end, 1))
         except OSError as error:
             raise OutputError(f"cannot keep {end / 1e9:.1f} GB in {path}: {error.strerror}; make room and resume") from error
         storage = torch.UntypedStorage.from_file(str(path), True, max(end, 1))
