@@ -21,7 +21,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from hf_autoround.backends.base import Backend, compute_dtype, every_reason, multiply
+from hf_autoround.backends.base import Backend, compute_dtype, every_reason, multiply, register_operator
 from hf_autoround.backends.int4_order import Int4Order, Segment, measured_order, transposed
 from hf_autoround.layers.packed_linear import PackedLinear, Repacked
 from hf_autoround.layouts import IntegerLayout
@@ -199,21 +199,9 @@ def _write_codes(codes: Tensor, high: Segment, low: Segment | None) -> None:
         high_rows.copy_(transposed((high.bytes & 240).bitwise_or_(low.bytes >> 4)))
 
 
-# The same as operators, which torch.compile takes as they are: of these passes over bytes it makes code that is ten times slower.
-for _function in (int4_matmul, int4_matmul_back):
-    _name = f"hf_autoround::{_function.__name__}"
-    torch.library.define(_name, torch.library.infer_schema(_function, mutates_args=()))
-    torch.library.impl(_name, "default", _function)
-
-
-@torch.library.register_fake("hf_autoround::int4_matmul")
-def _(rows: Tensor, high: Tensor, low: Tensor | None, scales: Tensor, zeros: Tensor | None) -> Tensor:
-    return rows.new_empty(rows.shape[0], high.shape[0])
-
-
-@torch.library.register_fake("hf_autoround::int4_matmul_back")
-def _(rows: Tensor, high: Tensor, low: Tensor | None, scales: Tensor, zeros: Tensor | None) -> Tensor:
-    return rows.new_empty(rows.shape[0], high.shape[1] * 2)
+# of these passes over bytes torch.compile makes code that is ten times slower
+register_operator(int4_matmul, lambda rows, high, low, scales, zeros: rows.new_empty(rows.shape[0], high.shape[0]))
+register_operator(int4_matmul_back, lambda rows, high, low, scales, zeros: rows.new_empty(rows.shape[0], high.shape[1] * 2))
 
 
 def kernel_group(layer: PackedLinear) -> int | None:

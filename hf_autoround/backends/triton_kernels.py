@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_autoround.backends.base import register_operator
+
 VECTOR_ROWS = 2  # up to here, reading the weight again for each row costs less than padding rows to a tile
 TILED_ROWS = 64  # up to here, writing a dense weight costs more than the product
 STRADDLING_ROWS = 32  # the same where codes straddle words
@@ -254,21 +256,10 @@ def gptq_dense(
     return weight
 
 
-# The same as operators, which torch.compile takes as they are. Eager code calls the functions: an operator takes another third
-# of the time that a launch does.
-for _function in (gptq_matmul, gptq_dense):
-    _name = f"hf_autoround::{_function.__name__}"
-    torch.library.define(_name, torch.library.infer_schema(_function, mutates_args=()))
-    torch.library.impl(_name, "default", _function)
-
-
-@torch.library.register_fake("hf_autoround::gptq_matmul")
-def _(inputs: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int, group: int, zero_offset: int) -> Tensor:
-    return inputs.new_empty(inputs.shape[0], qweight.shape[1])
-
-
-@torch.library.register_fake("hf_autoround::gptq_dense")
-def _(
-    qweight: Tensor, qzeros: Tensor, scales: Tensor, inner: int, bits: int, group: int, zero_offset: int, dtype: torch.dtype
-) -> Tensor:
-    return qweight.new_empty(inner, qweight.shape[1], dtype=dtype)
+register_operator(gptq_matmul, lambda inputs, qweight, *others: inputs.new_empty(inputs.shape[0], qweight.shape[1]))
+register_operator(
+    gptq_dense,
+    lambda qweight, qzeros, scales, inner, bits, group, zero_offset, dtype: qweight.new_empty(
+        inner, qweight.shape[1], dtype=dtype
+    ),
+)

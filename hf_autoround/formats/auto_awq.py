@@ -17,7 +17,15 @@ from torch import Tensor
 
 from hf_autoround import __version__
 from hf_autoround.errors import UnsupportedScheme
-from hf_autoround.formats.base import Format, StoredPlan, StoredTensor, refuse_inputs, refuse_ragged, stored_blocks
+from hf_autoround.formats.base import (
+    Format,
+    StoredPlan,
+    StoredTensor,
+    kept_names,
+    refuse_inputs,
+    refuse_ragged,
+    stored_blocks,
+)
 from hf_autoround.formats.dynamic import dynamic_rules, read_dynamic
 from hf_autoround.layers.sites import QuantizedLayer, WeightSite
 from hf_autoround.layouts import AWQ
@@ -59,7 +67,7 @@ class AutoAWQFormat(Format):
     def config(self, plan: QuantPlan, names: Mapping[str, str]) -> dict[str, Any]:
         """Return `quantization_config`; `names` maps layer names to what the checkpoint calls them."""
         weight, base = _weight(plan), next(iter(plan.schemes.values()))
-        kept = {names.get(name, name): BF16 for name in sorted(plan.kept)}
+        kept = dict.fromkeys(kept_names(plan, names), BF16)
         rules = dynamic_rules({name: scheme for name, scheme in kept.items() if name.startswith(f"{plan.blocks}.")}, base)
         heads = [name for name in plan.schemes if not name.startswith(f"{plan.blocks}.")]
         return {

@@ -8,7 +8,7 @@ and takes a block's size from the shapes: what is larger than a block has to be 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from hf_autoround.formats.base import (
 )
 from hf_autoround.layers.sites import QuantizedLayer, WeightSite
 from hf_autoround.layouts import FLOAT8
-from hf_autoround.planning.fused import note_mixed
+from hf_autoround.planning.fused import experts_module, note_mixed
 from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.scheme import BF16, Scheme, resolve_scheme
 
@@ -52,8 +52,8 @@ class FP8Format(Format):
 
     def refuse_plan(self, plan: QuantPlan) -> str | None:
         """Return why a plan cannot be stored, or None: transformers converts all experts of a layer or none."""
-        converted = _experts(site.name for site in plan.sites)
-        both = [name for name in sorted(plan.kept) if _experts([name]) & converted]
+        converted = {experts_module(site.name) for site in plan.sites} - {None}
+        both = [name for name in sorted(plan.kept) if experts_module(name) in converted]
         return f"its readers quantize the experts of a layer together, and {both[0]} would stay in 16 bits" if both else None
 
     def stored(self, plan: QuantPlan, site: WeightSite, dtype: torch.dtype) -> dict[str, StoredTensor]:
@@ -67,23 +67,19 @@ class FP8Format(Format):
     def config(self, plan: QuantPlan, names: Mapping[str, str]) -> dict[str, Any]:
         """Return `quantization_config`; `names` maps layer names to what the checkpoint calls them."""
         kept = kept_names(plan, names)
+        experts = {module for name in kept if (module := experts_module(name))}
         return {
             "quant_method": QUANT_METHOD,
             "activation_scheme": "dynamic",
             "fmt": "e4m3",
             "weight_block_size": [_BLOCK, _BLOCK],
-            "modules_to_not_convert": sorted({*kept, *_experts(kept)}),
+            "modules_to_not_convert": sorted({*kept, *experts}),
             "provider": f"hf_autoround {__version__}",
         }
 
     def note(self, plan: QuantPlan) -> str | None:
         """Return which runtimes will not read this plan's checkpoint well, or None."""
         return note_mixed(plan)
-
-
-def _experts(names: Iterable[str]) -> set[str]:
-    """Return the modules that hold the experts among some layers."""
-    return {found[1] for name in names if (found := re.fullmatch(r"(.+\.experts)\.\d+\.[^.]+", name))}
 
 
 def read_fp8_config(config: Mapping[str, Any]) -> StoredPlan:

@@ -71,7 +71,8 @@ class CheckpointSink:
 
 def checkpoint_names(lazy: LazyModel, keys: list[SourceKey]) -> dict[str, str]:
     """Return layer name in memory -> name in the checkpoint, also of what is not quantized."""
-    plain = {name.removesuffix(".weight"): key.removesuffix(".weight") for key, name in lazy.keys.items()}
+    leaf = ".weight"
+    plain = {name.removesuffix(leaf): key.removesuffix(leaf) for key, name in lazy.keys.items() if name.endswith(leaf)}
     return plain | {site.name: name for source in keys for name, site in source.sites}
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
-from transformers.utils import logging
 
 from hf_autoround.calibration.batches import CalibrationSet
 from hf_autoround.errors import CheckpointError
@@ -37,7 +36,6 @@ from hf_autoround.tuning import TunableWeight
 from hf_autoround.tuning.rtn import nearest
 
 FORMAT = AutoRoundFormat()
-logger = logging.get_logger(__name__)
 
 
 def plan_on_load(model: PreTrainedModel, args: RoundingArguments) -> QuantPlan:
@@ -58,8 +56,6 @@ class RoundWhileLoading(ConversionOps):
     """
 
     def __init__(self, plan: QuantPlan) -> None:
-        if note := FORMAT.note(plan):
-            logger.warning(note)
         self.plan = plan
         self.sites = by_parameter(plan.sites)
         self.damaged: list[CheckpointError] = []

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 
 from hf_autoround.backends.select import Chooser, assign_backends, candidates
 from hf_autoround.calibration.batches import CalibrationSet
@@ -33,6 +34,8 @@ from hf_autoround.planning.plan import QuantPlan
 from hf_autoround.scheme import BF16, Scheme, resolve_scheme
 from hf_autoround.trainer.arguments import RoundingArguments
 from hf_autoround.trainer.run import wanted_scheme
+
+logger = logging.get_logger(__name__)
 
 
 class AutoRoundHfQuantizer(HfQuantizer):
@@ -110,6 +113,8 @@ class AutoRoundHfQuantizer(HfQuantizer):
                     f"AutoRoundConfig(device_map={self.arguments.device_map!r}): that is where blocks are tuned, and these "
                     "weights are rounded to nearest as they are loaded; give device_map to from_pretrained"
                 )
+            if note := FORMAT.note(self.plan):
+                logger.warning(note)
             self.rounding = RoundWhileLoading(self.plan)
             schemes = self.plan.schemes
             layers = {site: (schemes[site.name], FORMAT.layout(self.plan, schemes[site.name])) for site in self.plan.sites}

@@ -18,7 +18,13 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     ConversionOps,
@@ -90,12 +96,12 @@ def build_skeleton(config: PretrainedConfig, model_class: type | None = None, tr
         if model_class is not None:
             model = model_class(config)
         else:
-            try:
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-            except ValueError as error:
+            remote = getattr(config, "auto_map", None) or {}
+            if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in remote:
                 raise UnsupportedLayer(
                     f"transformers has no causal language model of type {config.model_type}, and only those are quantized"
-                ) from error
+                )
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     model.eval().requires_grad_(False)
     model.tie_weights()
     return model

@@ -31,13 +31,17 @@ def fused_name(name: str) -> str:
     return parent + dot + _FUSED_INTO.get(leaf, leaf)
 
 
+def experts_module(name: str) -> str | None:
+    """Return the module that holds the expert which a layer belongs to, or None."""
+    expert = _EXPERT.match(name)
+    return expert[1] if expert else None
+
+
 def fused_units(layers: Mapping[str, Scheme]) -> dict[str, dict[str, Scheme]]:
     """Return an engine's name for a matrix -> the layers it is made of, with their schemes; every layer is in one."""
     units: dict[str, dict[str, Scheme]] = {}
     for name, scheme in layers.items():
-        expert = _EXPERT.match(name)
-        unit = expert[1] if expert else fused_name(name)
-        units.setdefault(unit, {})[name] = scheme
+        units.setdefault(experts_module(name) or fused_name(name), {})[name] = scheme
     return units
 
 

@@ -37,10 +37,12 @@ def test_what_its_readers_would_not_find_is_refused(tiny_model, tmp_path, target
         ).quantize_and_save(tmp_path / "out", target)
 
 
-@pytest.mark.parametrize("target", ["auto_round", "llm_compressor"])
+@pytest.mark.parametrize("target", ["auto_round", "llm_compressor", "auto_awq"])
 def test_what_stays_in_16_bits_is_called_as_the_file_calls_it(tiny_model, tmp_path, target):
     arguments = {"scheme": "W4A16", "group_size": 32, "ignore_layers": ["layers.0.mlp"]}
     AutoRound(str(tiny_model("mixtral")), **arguments, **QUICK).quantize_and_save(tmp_path, target)
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    listed = set(config["ignore"] if target == "llm_compressor" else config["extra_config"])
+    key = {"llm_compressor": "ignore", "auto_awq": "modules_to_not_convert", "auto_round": "extra_config"}[target]
+    listed = set(config[key])
     assert {"model.layers.0.block_sparse_moe.gate", "model.layers.0.block_sparse_moe.experts.0.w1"} <= listed
+    assert ("model.layers.0.mlp.gate" in listed) == (target != "auto_round")  # transformers' own readers know no other name

@@ -49,24 +49,8 @@ main()
 
 
 def test_it_quantizes_a_model(tiny_model, tmp_path):
-    flags = [
-        "--scheme",
-        "W3A16G32",
-        "--iters",
-        "2",
-        "--end_to_end_steps",
-        "2",
-        "--self_samples",
-        "8",
-        "--dataset",
-        "pydoc",
-        "--seqlen",
-        "16",
-        "--nsamples",
-        "8",
-        "--disable_tqdm",
-    ]
-    done = optimum_cli("export", "autoround", "--model", tiny_model("llama"), tmp_path / "out", *flags)
+    flags = "--scheme W3A16G32 --iters 2 --end_to_end_steps 2 --self_samples 8 --dataset pydoc --seqlen 16 --nsamples 8"
+    done = optimum_cli("export", "autoround", "--model", tiny_model("llama"), tmp_path / "out", *flags.split(), "--disable_tqdm")
     assert done.returncode == 0, done.stderr
     assert f"written to {tmp_path / 'out'}" in done.stdout and "W3A16G32" in done.stderr
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
