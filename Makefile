@@ -1,6 +1,7 @@
 # `make demo` shows what this is, `make test` runs the suite, `make test-vllm` serves checkpoints with vLLM, `make test-mlx` runs
-# them with mlx-lm, `make test-compressed-tensors` with compressed-tensors, `make test-gptqmodel` with gptqmodel (whose kernels
-# want a C++ compiler). Each makes the virtual environments it needs first; nothing else is needed.
+# them with mlx-lm, `make test-auto-round` with auto-round, `make test-compressed-tensors` with compressed-tensors,
+# `make test-gptqmodel` with gptqmodel (whose kernels want a C++ compiler). Each makes the virtual environments it needs first;
+# nothing else is needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,10 +10,11 @@ VLLM := .venv-vllm
 MLX := .venv-mlx
 COMPRESSED := .venv-compressed-tensors
 GPTQMODEL := .venv-gptqmodel
+AUTO_ROUND := .venv-auto-round
 # tests of a file share the models that they make, so they stay together; tests/conftest.py says which files come first
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-vllm test-mlx test-compressed-tensors test-gptqmodel lint test-versions clean
+.PHONY: demo test test-vllm test-mlx test-auto-round test-compressed-tensors test-gptqmodel lint test-versions clean
 
 demo: $(INSTALLED)
 	$(BIN)/hf-autoround demo
@@ -29,6 +31,10 @@ test-vllm: $(INSTALLED) $(VLLM)/installed
 # it runs on Linux too, without a GPU; this environment does not have this package either
 test-mlx: $(INSTALLED) $(MLX)/installed
 	MLX_ENVIRONMENT=$(CURDIR)/$(MLX) $(BIN)/python -m pytest tests/interop/test_mlx_lm_reads.py
+
+# its own loader, in an environment that does not have this package either
+test-auto-round: $(INSTALLED) $(AUTO_ROUND)/installed
+	AUTO_ROUND_ENVIRONMENT=$(CURDIR)/$(AUTO_ROUND) $(BIN)/python -m pytest tests/interop/test_auto_round_reads.py
 
 # beside a transformers that loads all of it
 test-compressed-tensors: $(COMPRESSED)/installed
@@ -68,6 +74,11 @@ $(GPTQMODEL)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(GPTQMODEL)
 	$(GPTQMODEL)/bin/python -m pip install --quiet --constraint constraints.txt torch
 	$(GPTQMODEL)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test,gptqmodel]"
+	touch $@
+
+$(AUTO_ROUND)/installed: Makefile constraints.txt
+	$(PYTHON) -m venv $(AUTO_ROUND)
+	$(AUTO_ROUND)/bin/python -m pip install --quiet --constraint constraints.txt torch auto-round==0.16.1
 	touch $@
 
 $(MLX)/installed: Makefile

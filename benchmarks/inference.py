@@ -7,8 +7,9 @@ Makes a random Llama (hidden 2048, feed-forward 5632, vocabulary 32000, bfloat16
 Then, in rounds, every (tool, checkpoint) loads in a process of its own, and the bfloat16 model beside it; in turns, both
 generate 32 tokens from a prompt of 16 and run a prompt of 512, so that other work on the machine slows both. Prints medians
 over the rounds of each round's best, and of their ratios to the bfloat16 model's best (the first row is that model against
-itself: noise). Peak RssAnon is sampled from /proc every 5 ms while loading, less that of the imports. Linux only. PEER_PYTHON
-needs auto-round 0.16.1 and auto-round-lib 0.16.0.
+itself: noise). `ark` is this package with backend="ark", if auto-round-lib is installed beside it. Peak RssAnon is sampled from
+/proc every 5 ms while loading, less that of the imports. Linux only. PEER_PYTHON needs auto-round 0.16.1 and auto-round-lib
+0.16.0.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -27,8 +29,10 @@ torch.set_num_threads(int(threads))
 import transformers.modeling_utils
 from transformers import AutoModelForCausalLM
 extra = {}
-if tool == "ours":
+if tool in ("ours", "ark"):
     import hf_autoround.hf.quantizer
+    from hf_autoround import AutoRoundConfig
+    extra = {"quantization_config": AutoRoundConfig(backend=tool)} if tool == "ark" else {}
 elif tool == "peer":
     import auto_round, auto_round.inference.convert_model
     from transformers import AutoRoundConfig
@@ -128,6 +132,8 @@ def main() -> None:
     args = flags.parse_args()
     folders = make_models(args.work, args.layers)
     runs = [("bfloat16", "bfloat16", "bfloat16")] + [("ours", name, "bfloat16") for name in args.widths]
+    if find_spec("auto_round_kernel"):
+        runs += [("ark", name, "bfloat16") for name in args.widths]
     if args.peer:  # its kernels compute in float32: the faster of the two counts
         runs += [("peer", name, dtype) for name in args.widths for dtype in ("bfloat16", "float32")]
     found: dict[tuple[str, str, str], list[dict[str, float]]] = {run: [] for run in runs}

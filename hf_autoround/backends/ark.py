@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""auto-round-lib's kernels for CPUs: exact to float32, and the faster choice for models that are in float32.
+"""auto-round-lib's kernels for CPUs: in float32 for models in float32, for others whatever they say is fastest.
 
-Inputs stay in float32 whatever the model is in: its bfloat16 kernels have corrupted the heap (auto-round-lib 0.16).
+That is 8 bits for the inputs too where the processor multiplies bytes (VNNI, AMX): the fastest of all, and not what was tuned. It
+costs .6 % of a layer's output, 1 to 3 % of the KL divergence at 4 bits, and more than doubles that of 8 bits
+(benchmarks/README.md). So torch's own kernels come first. Inputs are passed as float32 always: the package's kernels for
+bfloat16 ones have corrupted the heap (auto-round-lib 0.16).
 https://pypi.org/project/auto-round-lib
 
 Shapes: M rows of inputs, N out features, K in features, G groups.
@@ -38,7 +41,8 @@ class ArkCodes(Repacked):
         self.middle = 2 ** (spec.bits - 1)
         zeros = layout.unpack_zeros(layer.qzeros, spec, layer.out_features).t().to(torch.int16) - self.middle
         asymmetric = bool(zeros.any())
-        self.how = (group_columns(layer.in_features, spec.granularity), "auto", f"int{spec.bits}", "fp32", asymmetric)
+        arithmetic = "fp32" if layer.compute_dtype == torch.float32 else "auto"
+        self.how = (group_columns(layer.in_features, spec.granularity), arithmetic, f"int{spec.bits}", "fp32", asymmetric)
         codes = layout.unpack_codes(layer.qweight, spec, self.shape).t().to(torch.int16) - self.middle
         empty = torch.empty(0, dtype=torch.int8)
         blob = _ark().repack_quantized_weight(
@@ -63,10 +67,11 @@ class ArkCodes(Repacked):
 
 
 class Ark(Backend):
-    """2, 3, 4 and 8 bits on a CPU by auto-round-lib, in float32"""
+    """2, 3, 4 and 8 bits on a CPU by auto-round-lib; rounds inputs to 8 bits where that is fast, but in float32 models"""
 
     name = "ark"
     needs = _PACKAGE
+    may_round_inputs = True
 
     def refuse(self, layer: PackedLinear, device: torch.device) -> str | None:
         """Return every reason why the kernels cannot run a layer there, or None."""

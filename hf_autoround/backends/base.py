@@ -33,6 +33,7 @@ class Backend(Protocol):
     name: str
     needs: Package | None = None
     compiles = False  # whether torch.compile takes a layer whole, and CUDA graphs record it where there are any
+    may_round_inputs = False  # to 8 bits, in models of 16 bits
 
     def refuse(self, layer: PackedLinear, device: torch.device) -> str | None:
         """Return every reason why it cannot run a layer there, or None."""

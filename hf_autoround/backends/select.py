@@ -19,6 +19,7 @@ from hf_autoround.models.memory import release_memory
 from hf_autoround.registry import suggest
 
 logger = logging.get_logger(__name__)
+_PENDING = 1 << 26  # weights repacked between two returns of freed memory: ark's left 600 MB at a billion weights
 
 
 def candidates(wanted: str) -> tuple[Backend, ...]:
@@ -92,13 +93,22 @@ def assign_backends(model: nn.Module, wanted: str = "auto") -> Chooser:
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear)]
     chosen = [select_backend(layer, name, wanted) for name, layer in layers]  # before any is changed
     chooser = Chooser(wanted)
+    pending = 0
     for (_, layer), backend in zip(layers, chosen, strict=True):
         chooser.give(layer, backend)
-    kinds = Counter((backend.name, layer.scheme.name) for (_, layer), backend in zip(layers, chosen, strict=True))
-    for (backend_name, scheme), count in kinds.items():
-        logger.info(f"backend {backend_name}: {count} layers of {scheme}")
+        pending += layer.in_features * layer.out_features
+        if pending > _PENDING:
+            release_memory()
+            pending = 0
+    kinds = Counter((_described(backend), layer.scheme.name) for (_, layer), backend in zip(layers, chosen, strict=True))
+    for (description, scheme), count in kinds.items():
+        logger.info(f"backend {description}: {count} layers of {scheme}")
     release_memory()
     return chooser
+
+
+def _described(backend: Backend) -> str:
+    return f"{backend.name} (which may round inputs to 8 bits)" if backend.may_round_inputs else backend.name
 
 
 def _together(reasons: Iterable[tuple[str, str | None]]) -> str:

@@ -78,7 +78,7 @@ class AutoRoundFormat(Format):
     def config(self, plan: QuantPlan, names: Mapping[str, str], packing: str | None = None) -> dict[str, Any]:
         """Return `quantization_config`; `names` maps layer names to what the checkpoint calls them, `packing` is the
         packing format if it is not the plan's own."""
-        extra = {names.get(name, name): BF16.to_dict() for name in sorted(plan.kept)}
+        extra = {names.get(name, name): _numbers(BF16, plan.scheme) for name in sorted(plan.kept)}
         for name, scheme in plan.schemes.items():
             if scheme != plan.scheme or not name.startswith(f"{plan.blocks}."):
                 extra[names.get(name, name)] = _numbers(scheme, plan.scheme)
@@ -108,7 +108,8 @@ class AutoRoundFormat(Format):
         }
         if what := " and ".join(name for name, is_there in found.items() if is_there):
             notes.append(
-                f"auto_round with {what}: hf_autoround reads it; for vLLM take llm_compressor where it stores the scheme"
+                f"auto_round with {what}: hf_autoround reads it, and most of it auto-round; for vLLM take llm_compressor where "
+                "it stores the scheme"
             )
         return "; ".join(filter(None, notes)) or None
 

@@ -51,6 +51,13 @@ class DataType(Protocol):
         """Return the tunables of round to nearest for the groups (..., O, G, S)."""
         ...
 
+    def searched_range(
+        self, groups: Tensor, spec: TensorSpec, importance: Tensor | None, largest: Tensor | None
+    ) -> Tensor | None:
+        """Return the `largest` with which round to nearest has the least weighted squared error: for scales that rows share, and
+        that cannot be searched a few rows at a time."""
+        return largest
+
     @abstractmethod
     def search(self, groups: Tensor, spec: TensorSpec, importance: Tensor | None, largest: Tensor | None = None) -> Tunables:
         """Return the tunables with the scales of least weighted squared error.

@@ -48,21 +48,33 @@ class Float8(FloatType):
 
     def neutral(self, groups: Tensor, spec: TensorSpec, largest: Tensor | None = None) -> FloatTunables:
         """Return the tunables of round to nearest: the largest |w| falls on 448."""
+        return self._tunables(groups, self._start(groups, spec, largest))
+
+    def _start(self, groups: Tensor, spec: TensorSpec, largest: Tensor | None) -> Tensor:
         if largest is None or not isinstance(spec.granularity, PerTensor):
             largest = groups.abs().amax(-1, keepdim=True)
             largest = over_rows(largest, spec.granularity, lambda rows: rows.amax(-3, keepdim=True))
-        return self._tunables(groups, largest / E4M3.largest)
+        return largest / E4M3.largest
+
+    def searched_range(
+        self, groups: Tensor, spec: TensorSpec, importance: Tensor | None, largest: Tensor | None
+    ) -> Tensor | None:
+        """Return the range of least weighted squared error for one scale for a whole tensor, ([E,] O, 1, 1)."""
+        if not isinstance(spec.granularity, PerTensor):
+            return largest
+        return self._searched(groups, spec, importance, largest) * E4M3.largest
 
     def search(self, groups: Tensor, spec: TensorSpec, importance: Tensor | None, largest: Tensor | None = None) -> FloatTunables:
-        """Return the tunables with the scale of least weighted squared error; one scale for a whole tensor is left alone."""
-        neutral = self.neutral(groups, spec, largest)
-        if isinstance(spec.granularity, PerTensor):
-            return neutral
+        """Return the tunables with the scale of least weighted squared error; that of a whole tensor follows from `largest`."""
+        if isinstance(spec.granularity, PerTensor) and largest is not None:
+            return self.neutral(groups, spec, largest)
+        return self._tunables(groups, self._searched(groups, spec, importance, largest))
 
+    def _searched(self, groups: Tensor, spec: TensorSpec, importance: Tensor | None, largest: Tensor | None) -> Tensor:
         def total(errors: Tensor) -> Tensor:
             return over_rows(errors, spec.granularity, lambda rows: rows.sum(-3, keepdim=True))
 
-        return self._tunables(groups, self._best(groups, spec, neutral.start, _FACTORS, importance, total))
+        return self._best(groups, spec, self._start(groups, spec, largest), _FACTORS, importance, total)
 
     def candidates(
         self, groups: Tensor, spec: TensorSpec, importance: Tensor | None, largest: Tensor | None = None

@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_autoround.numerics.base import DataType, refuse_ragged
 from hf_autoround.numerics.quantized import QuantizedTensor, dequantize
 from hf_autoround.numerics.rounding import power_of_two_below
+from hf_autoround.numerics.search import CHUNK
 from hf_autoround.numerics.tunables import Tunables, learned
 from hf_autoround.scheme import TensorSpec
 
@@ -130,11 +131,15 @@ class FloatType(DataType):
         """Return the best of `start` (..., O, G, 1) and its multiples, by weighted squared error; `total` adds up the errors
         of what shares a scale."""
         grid, weight = self.grid(spec), torch.ones((), device=groups.device) if importance is None else importance
+        rows = max(1, CHUNK * groups.shape[-3] // max(1, groups.numel()))
+        parts = groups.split(rows, -3), weight.expand_as(groups).split(rows, -3)
 
         def error(scale: Tensor) -> Tensor:
-            stored = self.effective_scale(scale, spec)
-            values = grid.nearest(torch.div(groups, stored)).mul_(stored)
-            return total(values.sub_(groups).square_().mul_(weight).sum(-1, keepdim=True))
+            errors = []
+            for part, its_weight, stored in zip(*parts, self.effective_scale(scale, spec).split(rows, -3), strict=True):
+                values = grid.nearest(torch.div(part, stored)).mul_(stored)
+                errors.append(values.sub_(part).square_().mul_(its_weight).sum(-1, keepdim=True))
+            return total(torch.cat(errors, -3))
 
         best, least = start, error(start)
         for factor in factors:

@@ -13,12 +13,13 @@ Shapes: E experts, O out features, I in features, G groups, S group size, R samp
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from hf_autoround.numerics import Tunables, dequantize
-from hf_autoround.numerics.grouping import group
+from hf_autoround.numerics.grouping import group, rows_together
 from hf_autoround.tuning.rtn import by_rows
 from hf_autoround.tuning.task import BlockResult, BlockTask, OnStep, TunableWeight, TuningSettings
 
@@ -29,8 +30,8 @@ _SWEEPS = 3
 @torch.no_grad()
 def searched(weight: TunableWeight, squares: Tensor | None) -> Tunables:
     """Return the tunables with the scales found by search; `squares` ([E,] 1, I) are sums of squared inputs."""
-    groups = weight.groups()
-    found = weight.data_type.search(groups, weight.spec, _importance(weight, squares), weight.largest)
+    weight = _with_range(weight, squares)
+    found = weight.data_type.search(weight.groups(), weight.spec, _importance(weight, squares), weight.largest)
     return _nearest_if_unseen(weight, squares, found)
 
 
@@ -40,6 +41,7 @@ def optimized_round_to_nearest(task: BlockTask, settings: TuningSettings, on_ste
     layers = {}
     for name, weight in task.weights.items():
         squares, inputs = task.importance.get(name), task.inputs.get(name, ())
+        weight = _with_range(weight, squares)
         layers[name] = by_rows(weight, lambda rows, squares=squares, inputs=inputs: _chosen(rows, squares, inputs), _CHUNK)
     return BlockResult(layers)
 
@@ -50,6 +52,17 @@ def _importance(weight: TunableWeight, squares: Tensor | None) -> Tensor | None:
         return None
     relative = squares / squares.mean(-1, keepdim=True).clamp(min=1e-30)
     return group(relative.clamp(min=1e-3), weight.spec.granularity)
+
+
+def _with_range(weight: TunableWeight, squares: Tensor | None) -> TunableWeight:
+    """Return the weight with the range that the search gives where all its rows share one."""
+    if rows_together(weight.spec.granularity) is not None:
+        return weight
+    importance = _importance(weight, squares)
+    found = weight.data_type.searched_range(weight.groups(), weight.spec, importance, weight.largest)
+    if squares is not None and weight.largest is not None and found is not None:  # those that saw no token keep theirs
+        found = torch.where(squares.any(-1, keepdim=True)[..., None], found, weight.largest)
+    return replace(weight, largest=found)
 
 
 def _nearest_if_unseen(weight: TunableWeight, squares: Tensor | None, found: Tunables) -> Tunables:
