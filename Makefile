@@ -13,6 +13,7 @@ GPTQMODEL := .venv-gptqmodel
 AUTO_ROUND := .venv-auto-round
 # tests of a file share the models that they make, so they stay together; tests/conftest.py says which files come first
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+EVENLY := --numprocesses auto --maxprocesses 4
 
 .PHONY: demo test test-vllm test-mlx test-auto-round test-compressed-tensors test-gptqmodel lint test-versions clean
 
@@ -34,11 +35,15 @@ test-mlx: $(INSTALLED) $(MLX)/installed
 
 # its own loader, in an environment that does not have this package either
 test-auto-round: $(INSTALLED) $(AUTO_ROUND)/installed
-	AUTO_ROUND_ENVIRONMENT=$(CURDIR)/$(AUTO_ROUND) $(BIN)/python -m pytest tests/interop/test_auto_round_reads.py
+	AUTO_ROUND_ENVIRONMENT=$(CURDIR)/$(AUTO_ROUND) $(BIN)/python -m pytest $(EVENLY) tests/interop/test_auto_round_reads.py
 
-# beside a transformers that loads all of it
+# pairs of transformers and compressed-tensors, the last of which loads everything; the file says what others refuse
 test-compressed-tensors: $(COMPRESSED)/installed
-	$(COMPRESSED)/bin/python -m pytest tests/interop/test_compressed_tensors.py
+	for pair in 5.19.0:0.17.1 5.24.0:0.17.1 5.24.0:0.20.0 5.19.0:0.20.0; do \
+	  $(COMPRESSED)/bin/python -m pip install --quiet --constraint constraints.txt \
+	    transformers==$${pair%:*} compressed-tensors==$${pair#*:} && \
+	  $(COMPRESSED)/bin/python -m pytest $(EVENLY) tests/interop/test_compressed_tensors.py || exit 1; \
+	done
 
 # it would be a backend in every test of the suite
 test-gptqmodel: $(GPTQMODEL)/installed
@@ -66,8 +71,7 @@ $(VLLM)/installed: constraints.txt tests/interop/vllm/pyproject.toml
 $(COMPRESSED)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(COMPRESSED)
 	$(COMPRESSED)/bin/python -m pip install --quiet --constraint constraints.txt torch
-	$(COMPRESSED)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]" \
-	  transformers==5.19.0 compressed-tensors==0.20.0
+	$(COMPRESSED)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]" compressed-tensors
 	touch $@
 
 $(GPTQMODEL)/installed: pyproject.toml constraints.txt
