@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -125,11 +125,20 @@ class BlockWalk:
             return BlockRunner(unit.names, blocks, (BlockArguments.none(),), self.device, self.autocast)
         return BlockRunner(unit.names, blocks, tuple(self.arguments[name] for name in unit.names), self.device, self.autocast)
 
-    def advance_float(self, runner: BlockRunner, watch: bool) -> InputStatistics:
-        """Compute the float outputs, and what the weights see on the quantized chain."""
+    def advance_float(self, runner: BlockRunner, watch: bool, tunes: bool) -> InputStatistics:
+        """Compute the float outputs, and what the weights see on the quantized chain.
+
+        Where nothing is tuned and inputs are the quantized chain's, nobody asks for the float outputs, and that chain is all.
+        """
         statistics = InputStatistics()
-        same = self.inputs is self.float_inputs
         self.targets: Tensor | None = None
+        if self.settings.quantized_inputs and not tunes:
+            self.float_inputs = self.inputs
+            if watch:
+                with self.processes.together():
+                    self._watch(runner, statistics, partial(_refuse_damaged, runner))
+            return statistics
+        same = self.inputs is self.float_inputs
         with self.processes.together():
             if runner.names != (self.parts.head,):  # whose outputs are as wide as the vocabulary: computed when needed
                 if watch and same:
@@ -138,11 +147,7 @@ class BlockWalk:
                     self.targets = torch.cat(outputs)
                 else:
                     self.targets = runner.all(self.float_inputs, {}, self.share.batch_size)
-                if not torch.isfinite(self.targets).all():
-                    raise CalibrationError(
-                        f"the float model's outputs of {runner.names[-1]} hold NaN or infinity; "
-                        "its weights are damaged, or bfloat16 overflows: try disable_amp"
-                    )
+                _refuse_damaged(runner, self.targets)
             if watch and not (same and self.targets is not None):
                 self._watch(runner, statistics, lambda output: None)
         if self.targets is not None and not same and self.settings.quantized_inputs:
@@ -236,14 +241,14 @@ class BlockWalk:
     @torch.no_grad()
     def advance_quantized(self, runner: BlockRunner, result: BlockResult) -> None:
         """Move both chains behind the block."""
-        assert self.targets is not None
         if self.settings.quantized_inputs:
             weights = {name: tensor.to(self.lazy.model.get_parameter(name)) for name, tensor in result.tuned.items()}
             for name, tensor, transposed in self.weights(runner):
                 weights[name] = oriented(result.layers[name].weight(), transposed).to(tensor)
             self.inputs = runner.all(self.inputs, weights, self.share.batch_size)
-            self.float_inputs = self.targets
+            self.float_inputs = self.inputs if self.targets is None else self.targets
         else:
+            assert self.targets is not None
             self.inputs = self.float_inputs = self.targets
 
     def weights(self, runner: BlockRunner) -> Iterator[tuple[str, Tensor, bool]]:
@@ -330,3 +335,11 @@ def compute_types(stored: torch.dtype, device: torch.device, amp: bool) -> tuple
     if not amp or not fast:
         return torch.float32, None
     return (torch.bfloat16, None) if stored == torch.bfloat16 else (torch.float32, torch.bfloat16)
+
+
+def _refuse_damaged(runner: BlockRunner, outputs: Tensor) -> None:
+    if not torch.isfinite(outputs).all():
+        raise CalibrationError(
+            f"the float model's outputs of {runner.names[-1]} hold NaN or infinity; "
+            "its weights are damaged, or bfloat16 overflows: try disable_amp"
+        )

@@ -51,7 +51,7 @@ def stream_blocks(
         finished = unit.key in done
         events.block_begins(place, unit.key, unit.names)
         with walk.resident(unit) as runner:
-            statistics = walk.advance_float(runner, watch=not finished)
+            statistics = walk.advance_float(runner, watch=not finished, tunes=tuning.iters > 0)
             if finished:
                 result, record = main(partial(journal.get, unit.key, walk.schemes)), done[unit.key]
                 runner = walk.quantizing(runner, result.static)

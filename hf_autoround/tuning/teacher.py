@@ -49,7 +49,8 @@ def backward(student: Logits, teacher: Logits, hidden: Tensor, target: Tensor, r
         logits = mine.detach()
         total += _divergence(logits[::_WATCHED], theirs[::_WATCHED]) * (len(logits) / len(logits[::_WATCHED]))
         for place, other in _pieces(theirs, logits):
-            p, q = (torch.softmax(each, -1, out=each) for each in (_precise(place), _precise(other)))
+            p = place if place.dtype == torch.float32 else _precise(place)
+            p, q = (torch.softmax(each, -1, out=each) for each in (p, _precise(other)))
             torch.mul(q.sub_(p), scale, out=place)  # d KL / d logits = q - p, where the teacher's logits were
         mine.backward(theirs.to(mine.dtype))
         gradient[start : start + rows] = leaf.grad
