@@ -82,7 +82,7 @@ $(GPTQMODEL)/installed: pyproject.toml constraints.txt
 
 $(AUTO_ROUND)/installed: Makefile constraints.txt
 	$(PYTHON) -m venv $(AUTO_ROUND)
-	$(AUTO_ROUND)/bin/python -m pip install --quiet --constraint constraints.txt torch auto-round==0.16.1
+	$(AUTO_ROUND)/bin/python -m pip install --quiet --constraint constraints.txt torch auto-round==0.16.1 transformers==5.24.0
 	touch $@
 
 $(MLX)/installed: Makefile

@@ -41,8 +41,7 @@ class ArkCodes(Repacked):
         self.middle = 2 ** (spec.bits - 1)
         zeros = layout.unpack_zeros(layer.qzeros, spec, layer.out_features).t().to(torch.int16) - self.middle
         asymmetric = bool(zeros.any())
-        arithmetic = "fp32" if layer.compute_dtype == torch.float32 else "auto"
-        self.how = (group_columns(layer.in_features, spec.granularity), arithmetic, f"int{spec.bits}", "fp32", asymmetric)
+        self.how = (group_columns(layer.in_features, spec.granularity), _arithmetic(layer), f"int{spec.bits}", "fp32", asymmetric)
         codes = layout.unpack_codes(layer.qweight, spec, self.shape).t().to(torch.int16) - self.middle
         empty = torch.empty(0, dtype=torch.int8)
         blob = _ark().repack_quantized_weight(
@@ -92,7 +91,14 @@ class Ark(Backend):
 
     def forward(self, layer: PackedLinear, inputs: Tensor) -> Tensor:
         """Return x W^T + b in the dtype of x."""
+        if cast(ArkCodes, layer.repacked).how[1] != _arithmetic(layer):  # the model was cast
+            layer.restore()
+            layer.repack(ArkCodes)
         return multiply(layer, inputs, _outputs, _input_gradient)
+
+
+def _arithmetic(layer: PackedLinear) -> str:
+    return "fp32" if layer.compute_dtype == torch.float32 else "auto"
 
 
 def _outputs(layer: PackedLinear, rows: Tensor) -> Tensor:

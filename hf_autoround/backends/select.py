@@ -19,7 +19,7 @@ from hf_autoround.models.memory import release_memory
 from hf_autoround.registry import suggest
 
 logger = logging.get_logger(__name__)
-_PENDING = 1 << 26  # weights repacked between two returns of freed memory: ark's left 600 MB at a billion weights
+_PENDING = 1 << 26  # weights repacked between two returns of freed memory: ark's left 400 MB at a billion weights
 
 
 def candidates(wanted: str) -> tuple[Backend, ...]:
@@ -49,6 +49,8 @@ def select_backend(layer: PackedLinear, name: str, wanted: str = "auto") -> Back
     reasons = {}
     for backend in candidates(wanted):
         reason = missing(backend) or backend.refuse(layer, layer.device)
+        if wanted == "auto" and backend.may_round_inputs and layer.compute_dtype != torch.float32:
+            reason = reason or f"it may round inputs to 8 bits, which has to be asked for by name: backend={backend.name!r}"
         if reason is None:
             return backend
         reasons[backend.name] = reason
@@ -73,7 +75,7 @@ class Chooser:
         except UnsupportedLayer as error:
             backend = select_backend(layer, name)
             logger.warning_once(f"{error}, as is done now")
-        logger.info_once(f"backend {backend.name}: layers of {layer.scheme.name}, {name}")
+        logger.info_once(f"backend {_described(backend)}: layers of {layer.scheme.name}, {name}")
         self.give(layer, backend)
 
     @torch.no_grad()
@@ -96,7 +98,7 @@ def assign_backends(model: nn.Module, wanted: str = "auto") -> Chooser:
     pending = 0
     for (_, layer), backend in zip(layers, chosen, strict=True):
         chooser.give(layer, backend)
-        pending += layer.in_features * layer.out_features
+        pending += 0 if layer.repacked is None else layer.in_features * layer.out_features
         if pending > _PENDING:
             release_memory()
             pending = 0

@@ -224,7 +224,8 @@ class AutoRoundHfQuantizer(HfQuantizer):
 
     def _name_plain(self, name: str) -> None:
         named = getattr(self.quantization_config, "extra_config", None) or {}
-        self.quantization_config.extra_config = {**named, name: BF16.to_dict()}
+        inputs = {"act_bits": 16} if (getattr(self.quantization_config, "act_bits", None) or 16) < 16 else {}
+        self.quantization_config.extra_config = {**named, name: BF16.to_dict() | inputs}
 
     def _relayout(self, name: str, layer: PackedLinear) -> None:
         if layer.device.type == "meta":

@@ -51,9 +51,7 @@ class DataType(Protocol):
         """Return the tunables of round to nearest for the groups (..., O, G, S)."""
         ...
 
-    def searched_range(
-        self, groups: Tensor, spec: TensorSpec, importance: Tensor | None, largest: Tensor | None
-    ) -> Tensor | None:
+    def searched_range(self, groups: Tensor, spec: TensorSpec, importance: Tensor | None, largest: Tensor) -> Tensor:
         """Return the `largest` with which round to nearest has the least weighted squared error: for scales that rows share, and
         that cannot be searched a few rows at a time."""
         return largest

@@ -56,9 +56,7 @@ class Float8(FloatType):
             largest = over_rows(largest, spec.granularity, lambda rows: rows.amax(-3, keepdim=True))
         return largest / E4M3.largest
 
-    def searched_range(
-        self, groups: Tensor, spec: TensorSpec, importance: Tensor | None, largest: Tensor | None
-    ) -> Tensor | None:
+    def searched_range(self, groups: Tensor, spec: TensorSpec, importance: Tensor | None, largest: Tensor) -> Tensor:
         """Return the range of least weighted squared error for one scale for a whole tensor, ([E,] O, 1, 1)."""
         if not isinstance(spec.granularity, PerTensor):
             return largest

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -82,8 +82,10 @@ def units(parts: ModelParts, plan: QuantPlan, nblocks: int) -> list[Unit]:
 class BlockWalk:
     """The two chains of activations, float and quantized, as they pass through the blocks."""
 
-    def __init__(self, model: PlannedModel, batch_size: int, settings: StreamSettings) -> None:
+    def __init__(self, model: PlannedModel, batch_size: int, settings: StreamSettings, tunes: bool = True) -> None:
         lazy, parts, plan = model.lazy, model.parts, model.plan
+        # where nothing is tuned on the quantized chain's inputs, nobody asks what the float model's outputs are
+        self.chain_alone = settings.quantized_inputs and not tunes
         self.lazy, self.parts, self.plan, self.settings = lazy, parts, plan, settings
         self.processes, self.samples = settings.processes, len(model.tokens)
         self.share = share_of(self.samples, batch_size, self.processes)
@@ -117,26 +119,25 @@ class BlockWalk:
         blocks = tuple(self.lazy.model.get_submodule(name) for name in unit.names)
         if unit.key == "head":
             self.load_outside()
-            self.float_inputs, self.inputs = (
+            same = self.inputs is self.float_inputs
+            self.inputs, *others = (
                 finish(self.lazy.model, self.blocks, self.tokens, hidden, self.device, self.returns_tuple)
-                for hidden in (self.float_inputs, self.inputs)
+                for hidden in (self.inputs, *([] if same else [self.float_inputs]))
             )
+            self.float_inputs = self.inputs if same else others[0]
             self.evict()
             return BlockRunner(unit.names, blocks, (BlockArguments.none(),), self.device, self.autocast)
         return BlockRunner(unit.names, blocks, tuple(self.arguments[name] for name in unit.names), self.device, self.autocast)
 
-    def advance_float(self, runner: BlockRunner, watch: bool, tunes: bool) -> InputStatistics:
-        """Compute the float outputs, and what the weights see on the quantized chain.
-
-        Where nothing is tuned and inputs are the quantized chain's, nobody asks for the float outputs, and that chain is all.
-        """
+    def advance_float(self, runner: BlockRunner, watch: bool) -> InputStatistics:
+        """Compute the float outputs, if there are to be any, and what the weights see on the quantized chain."""
         statistics = InputStatistics()
         self.targets: Tensor | None = None
-        if self.settings.quantized_inputs and not tunes:
-            self.float_inputs = self.inputs
+        if self.chain_alone:
             if watch:
+                is_head = runner.names == (self.parts.head,)  # whose outputs are as wide as the vocabulary
                 with self.processes.together():
-                    self._watch(runner, statistics, partial(_refuse_damaged, runner))
+                    self._watch(runner, statistics, lambda output: None if is_head else _refuse_damaged(runner, output))
             return statistics
         same = self.inputs is self.float_inputs
         with self.processes.together():
@@ -225,7 +226,7 @@ class BlockWalk:
                 name: squares.to(weights[name].parameter.device, torch.float32) for name, squares in statistics.squares.items()
             },
             inputs={name: statistics.inputs(name) for name in statistics.squares},
-            error=error,
+            error=None if self.chain_alone else error,
             share=self.share.of,
             total=self.processes.total,
         )
@@ -340,6 +341,6 @@ def compute_types(stored: torch.dtype, device: torch.device, amp: bool) -> tuple
 def _refuse_damaged(runner: BlockRunner, outputs: Tensor) -> None:
     if not torch.isfinite(outputs).all():
         raise CalibrationError(
-            f"the float model's outputs of {runner.names[-1]} hold NaN or infinity; "
-            "its weights are damaged, or bfloat16 overflows: try disable_amp"
+            f"the outputs of {runner.names[-1]} hold NaN or infinity before it is quantized; the model's weights are damaged, or "
+            "bfloat16 overflows: try disable_amp"
         )

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The order of events when blocks are quantized one after the other.
 
-For each block: load it, compute the float model's outputs (targets), let the algorithm decide its numbers on the inputs
-that the already quantized blocks produce, store them in the journal, go on with the quantized block's outputs, drop it.
-A block that the journal already has is only run, not decided again. Several processes do this side by side, each with
-its share of the samples; the journal is the main one's.
+For each block: load it, compute the float model's outputs (targets, where something is tuned), let the algorithm decide its
+numbers on the inputs that the already quantized blocks produce, store them in the journal, go on with the quantized block's
+outputs, drop it. A block that the journal already has is only run, not decided again. Several processes do this side by side,
+each with its share of the samples; the journal is the main one's.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ def stream_blocks(
         for place, unit in enumerate(all_units):
             events.block_ends(place, unit.key, done[unit.key])
         return
-    walk = BlockWalk(model, tuning.batch_size, settings)
+    walk = BlockWalk(model, tuning.batch_size, settings, tunes=tuning.iters > 0)
     walk.begin()
     for place, unit in enumerate(all_units):
         finished = unit.key in done
         events.block_begins(place, unit.key, unit.names)
         with walk.resident(unit) as runner:
-            statistics = walk.advance_float(runner, watch=not finished, tunes=tuning.iters > 0)
+            statistics = walk.advance_float(runner, watch=not finished)
             if finished:
                 result, record = main(partial(journal.get, unit.key, walk.schemes)), done[unit.key]
                 runner = walk.quantizing(runner, result.static)

@@ -30,7 +30,6 @@ _SWEEPS = 3
 @torch.no_grad()
 def searched(weight: TunableWeight, squares: Tensor | None) -> Tunables:
     """Return the tunables with the scales found by search; `squares` ([E,] 1, I) are sums of squared inputs."""
-    weight = _with_range(weight, squares)
     found = weight.data_type.search(weight.groups(), weight.spec, _importance(weight, squares), weight.largest)
     return _nearest_if_unseen(weight, squares, found)
 
@@ -55,13 +54,15 @@ def _importance(weight: TunableWeight, squares: Tensor | None) -> Tensor | None:
 
 
 def _with_range(weight: TunableWeight, squares: Tensor | None) -> TunableWeight:
-    """Return the weight with the range that the search gives where all its rows share one."""
+    """Return the weight, whole, with the range that the search gives where all its rows share one."""
     if rows_together(weight.spec.granularity) is not None:
         return weight
-    importance = _importance(weight, squares)
-    found = weight.data_type.searched_range(weight.groups(), weight.spec, importance, weight.largest)
-    if squares is not None and weight.largest is not None and found is not None:  # those that saw no token keep theirs
-        found = torch.where(squares.any(-1, keepdim=True)[..., None], found, weight.largest)
+    groups, largest = weight.groups(), weight.largest
+    if largest is None:
+        largest = groups.abs().amax((-3, -2, -1), keepdim=True).expand(*groups.shape[:-2], 1, 1)
+    found = weight.data_type.searched_range(groups, weight.spec, _importance(weight, squares), largest)
+    if squares is not None:  # experts that saw no token keep theirs
+        found = torch.where(squares.any(-1, keepdim=True)[..., None], found, largest)
     return replace(weight, largest=found)
 
 

@@ -39,7 +39,7 @@ def computed_by_auto_round(folder, rows, dtype):
     question, answer = folder / "rows.safetensors.tmp", folder / "logits.safetensors.tmp"
     save_file({"rows": rows.contiguous()}, question)
     done = subprocess.run(
-        [python, Path(__file__).parent / "auto_round" / "logits.py", folder, dtype, question, answer],
+        [python, Path(__file__).parent / "auto_round_loader" / "logits.py", folder, dtype, question, answer],
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         capture_output=True,
         text=True,

@@ -3,7 +3,8 @@
 
 `make test-compressed-tensors` runs this with the pairs of versions below. transformers 5.19 with compressed-tensors 0.18 or newer
 loads everything; what the other pairs cannot load, they refuse, and the tests say so:
-* compressed-tensors 0.17 expects 32 / b whole codes in a word, which only 2, 4 and 8 bits have, and cannot unpack FP8_BLOCK;
+* compressed-tensors 0.17 expects 32 / b whole codes in a word, which only 2, 4 and 8 bits have, and takes no
+  blocks one above the other;
 * transformers 5.23 compares shapes, and compressed-tensors from 0.18 on does not tell it those of packed zero points.
 """
 
@@ -41,7 +42,7 @@ def cannot_load(scheme):
     """Return what the installed pair of versions ends with for a scheme, or None."""
     weight = scheme.weight
     if OLD and weight.data_type == "int" and 32 % weight.bits:
-        return "size|shape|mat1 and mat2"
+        return "must match the size|mismatched|mat1 and mat2"
     if OLD and scheme.name == "FP8_BLOCK":
         return "must match the size"
     if not OLD and Version(version("transformers")) >= Version("5.23") and not weight.symmetric:

@@ -76,7 +76,8 @@ def test_the_config_says_how_inputs_are_quantized(tiny_model, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     inputs = {"act_bits": 8, "act_group_size": -1, "act_sym": True, "act_data_type": "int", "act_dynamic": True}
     assert {key: config[key] for key in inputs} == inputs
-    assert config["extra_config"]["model.layers.0.self_attn.k_proj"]["act_bits"] == 16
+    for name in ("k_proj", "v_proj"):  # auto-round would take the others' for what is not said
+        assert config["extra_config"][f"model.layers.0.self_attn.{name}"]["act_bits"] == 16
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     attention = model.model.layers[0].self_attn
     assert attention.q_proj.scheme.name == "INT8" and attention.k_proj.scheme.activation is None

@@ -97,10 +97,27 @@ def test_it_computes_what_the_reference_computes(backend):
 
 
 @each_backend
-def test_a_float32_model_is_computed_in_float32(backend):
-    for layer, reference in taken(backend, torch.float32, few()):
-        inputs = torch.randn(5, layer.in_features, device=layer.device)
-        assert distance(layer(inputs), inputs @ reference.dequantized().t() + reference.bias) < 1e-5
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_float32_model_is_computed_in_float32_also_after_a_cast(backend, dtype):
+    for layer, reference in taken(backend, dtype, few()):
+        layer, inputs = layer.float(), torch.randn(5, layer.in_features, device=layer.device)
+        exact = inputs @ reference.dequantized().float().t() + reference.bias.float()
+        assert distance(layer(inputs), exact) < 1e-5
+
+
+class Rounding(TorchReference):
+    """The reference, as if it rounded inputs."""
+
+    name, may_round_inputs = "rounding", True
+
+
+def test_what_may_round_inputs_is_asked_for_by_name(monkeypatch):
+    monkeypatch.setattr("hf_autoround.backends.select.BACKENDS", (Rounding(), *BACKENDS))
+    layer, precise = (
+        packed_layer(LAYOUTS[0], integer_scheme(4, 64), (64, 256), dtype) for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert select_backend(layer, "it").name == "cpu_int4" and select_backend(layer, "it", "rounding").name == "rounding"
+    assert select_backend(precise, "it").name == "rounding"
 
 
 @each_backend

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from hf_autoround.layers.sites import oriented
-from hf_autoround.scheme import integer_scheme
+from hf_autoround.scheme import integer_scheme, resolve_scheme
 from hf_autoround.tuning import BlockTask, TunableWeight, TuningSettings
 from hf_autoround.tuning.opt_rtn import choose_groups, optimized_round_to_nearest, searched
-from hf_autoround.tuning.rtn import nearest
+from hf_autoround.tuning.rtn import by_rows, nearest
 
 
 def correlated(rows: int, columns: int) -> torch.Tensor:
@@ -58,3 +58,29 @@ def test_outputs_are_nearer_than_by_search_alone(scheme, experts, transposed):
         return ((quantized - weight) @ rows.t()).square()[: 1 if experts else None].sum()
 
     assert error(found) < 0.97 * error(start)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["range known", "range not known"])
+def test_one_scale_for_a_tensor_is_searched_whole(known, monkeypatch):
+    monkeypatch.setattr("hf_autoround.tuning.opt_rtn._CHUNK", 8 * 128)  # several chunks of rows
+    weight = torch.randn(2, 48, 128, generator=torch.Generator().manual_seed(3)) * 0.02
+    grid = (
+        torch.randn(48, 128, generator=torch.Generator().manual_seed(4)).mul(60).clamp(-256, 256).to(torch.float8_e4m3fn).float()
+    )
+    grid[0, 0], weight[0] = 256, grid / 1024  # without an error, if the largest does not fall on 448
+    squares = torch.stack([torch.linspace(0.01, 1, 128).square()[None], torch.zeros(1, 128)])  # the second expert saw nothing
+    largest = weight.abs().amax((1, 2)).view(2, 1, 1, 1).expand(2, 48, 1, 1) if known else None
+    tunable = TunableWeight(weight, False, resolve_scheme("FPW8A16"), largest)
+    task = BlockTask(0, 1, {"w": tunable}, importance={"w": squares})
+    found = optimized_round_to_nearest(task, TuningSettings(), lambda *_: False).layers["w"]
+    plain = nearest(tunable)
+    if known:  # each expert has a scale of its own
+        assert [len(scales.unique()) for scales in found.tensor.scale] == [1, 1]
+        assert torch.equal(found.weight()[1], plain.weight()[1])
+
+    def error(layer):
+        return ((layer.weight() - weight).square() * squares).sum()
+
+    assert error(found) < 0.1 * error(plain)
+    merged = by_rows(tunable, lambda rows: searched(rows, None), 8 * 128).tensor  # as an adapter is merged
+    assert len(merged.scale[0].unique()) == 1
