@@ -3,7 +3,7 @@
 
 That is 8 bits for the inputs too where the processor multiplies bytes (VNNI, AMX): the fastest of all, and not what was tuned. It
 costs .6 % of a layer's output, 1 to 3 % of the KL divergence at 4 bits, and more than doubles that of 8 bits
-(benchmarks/README.md). So torch's own kernels come first. Inputs are passed as float32 always: the package's kernels for
+(benchmarks/README.md). So models in 16 bits get it by name only. Inputs are passed as float32 always: the package's kernels for
 bfloat16 ones have corrupted the heap (auto-round-lib 0.16).
 https://pypi.org/project/auto-round-lib
 
