@@ -81,16 +81,15 @@ class Scheme:
     weight: TensorSpec | None
     activation: ActivationSpec | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, base: Scheme | None = None) -> dict[str, Any]:
         """Return the scheme with the key names of a checkpoint's `extra_config`.
 
-        All of them for 16 bits too, as vLLM fills them in: it compares the entries of what it fuses key by key.
+        All of them for 16 bits too, as vLLM fills them in: it compares the entries of what it fuses key by key. If the
+        checkpoint's `base` scheme quantizes inputs and this one does not, that is said.
         """
-        if self.weight is None:
-            return {"bits": 16, "group_size": -1, "sym": True, "data_type": "float"}
-        numbers = _numbers(self.weight)
+        numbers = _numbers(self.weight) if self.weight else {"bits": 16, "group_size": -1, "sym": True, "data_type": "float"}
         if self.activation is None:
-            return numbers
+            return numbers | ({"act_bits": 16} if base is not None and base.activation is not None else {})
         inputs = {f"act_{key}": value for key, value in _numbers(self.activation).items()}
         return numbers | inputs | {"act_dynamic": self.activation.dynamic}
 

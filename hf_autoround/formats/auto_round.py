@@ -156,11 +156,9 @@ def packing_format(layout: Layout) -> str:
 
 
 def _numbers(scheme: Scheme, base: Scheme | None = None) -> dict[str, Any]:
-    """Return a scheme's numbers; if the base scheme quantizes inputs and this one does not, that is said."""
-    if scheme.activation is not None and scheme.activation.data_type == "nv_fp":
-        return scheme.to_dict() | {"act_data_type": "nv_fp4_with_static_gs"}
-    silent = scheme.activation is None and base is not None and base.activation is not None
-    return scheme.to_dict() | ({"act_bits": 16} if silent else {})
+    """Return a scheme's numbers beside those of the base scheme, as auto-round names them."""
+    static_scale = scheme.activation is not None and scheme.activation.data_type == "nv_fp"
+    return scheme.to_dict(base) | ({"act_data_type": "nv_fp4_with_static_gs"} if static_scale else {})
 
 
 def _packing(plan: QuantPlan) -> str:

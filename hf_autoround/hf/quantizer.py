@@ -195,10 +195,10 @@ class AutoRoundHfQuantizer(HfQuantizer):
 
     def name_plain_layers(self, model: PreTrainedModel) -> None:
         """Name in `extra_config` what was loaded packed and is a plain layer now, as after merging an adapter."""
-        modules = dict(model.named_modules())
-        for name in self.packed_layers:
-            if isinstance(modules.get(name), nn.Linear | Conv1D):
-                self._name_plain(name)
+        modules, config = dict(model.named_modules()), self.quantization_config
+        if plain := [name for name in self.packed_layers if isinstance(modules.get(name), nn.Linear | Conv1D)]:
+            entry = BF16.to_dict(read_config(config.to_dict()).scheme)
+            config.extra_config = {**(getattr(config, "extra_config", None) or {}), **dict.fromkeys(plain, entry)}
 
     @torch.no_grad()
     def cast_for_training(self, model: nn.Module, dtype: torch.dtype) -> None:
@@ -221,11 +221,6 @@ class AutoRoundHfQuantizer(HfQuantizer):
             if isinstance(layer, PackedLinear):
                 layer.product_dtype = None
         self.cast = {}
-
-    def _name_plain(self, name: str) -> None:
-        named = getattr(self.quantization_config, "extra_config", None) or {}
-        inputs = {"act_bits": 16} if (getattr(self.quantization_config, "act_bits", None) or 16) < 16 else {}
-        self.quantization_config.extra_config = {**named, name: BF16.to_dict() | inputs}
 
     def _relayout(self, name: str, layer: PackedLinear) -> None:
         if layer.device.type == "meta":

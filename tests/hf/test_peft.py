@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA on packed layers: it learns, merges exactly, rounds onto the grid, and what is saved is what was there."""
 
+import json
 import subprocess
 import sys
 import warnings
@@ -89,6 +90,15 @@ def test_merged_layers_are_named_in_the_config_and_load_again(name, quantized, t
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(again), logits(merged))
     assert any(isinstance(module, PackedLinear) for module in again.modules())
+
+
+def test_merged_layers_in_a_model_with_quantized_inputs_say_that_theirs_are_not(quantized, tmp_path):
+    merged = adapted(quantized(scheme="INT8")).merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    named = {name: entry for name, entry in stored["extra_config"].items() if name.endswith(tuple(TARGETS["llama"]))}
+    assert named and all(entry["act_bits"] == 16 for entry in named.values())  # auto-round would take the others' inputs
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(merged))
 
 
 @pytest.mark.parametrize("scheme", ["W4A16G32", "W3A16G32", {"bits": 4, "sym": False, "group_size": 32}], ids=str)
