@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_autoround.numerics.base import DataType, by_groups, refuse_ragged, refuse_static
 from hf_autoround.numerics.quantized import QuantizedTensor, dequantize
-from hf_autoround.numerics.rounding import round_to_bfloat16, round_to_float16
+from hf_autoround.numerics.rounding import round_to_bfloat16, straight_through
 from hf_autoround.numerics.search import best_of_grid
 from hf_autoround.numerics.tunables import Tunables, learned
 from hf_autoround.scheme import ActivationSpec, PerBlock, PerTensor, TensorSpec
@@ -171,9 +171,13 @@ def effective_scale(scale: Tensor) -> Tensor:
 
     Formats store float16, and engines that run a model in bfloat16 round that again: weights would move by 1.5e-3.
     """
-    rounded = round_to_float16(round_to_bfloat16(scale))
-    floor = torch.where(rounded < 0, -SMALLEST_SCALE, SMALLEST_SCALE)
-    return torch.where(rounded.abs() < SMALLEST_SCALE, round_to_float16(floor), rounded)
+    return straight_through(scale, _stored_scale)
+
+
+def _stored_scale(scale: Tensor) -> Tensor:
+    rounded = scale.bfloat16().half().float()
+    floor = torch.where(rounded < 0, -SMALLEST_SCALE, SMALLEST_SCALE).half().float()
+    return torch.where(rounded.abs() < SMALLEST_SCALE, floor, rounded)
 
 
 def _tunables(groups: Tensor, start: Tensor, zero_point: Tensor | None) -> IntegerTunables:
@@ -192,8 +196,8 @@ class _ToGrid(torch.autograd.Function):
         codes = torch.div(groups, scale).add_(rounding).round_()
         if zero_point is not None:
             codes.add_(zero_point)
-        inside = (codes >= low) & (codes <= high)
-        ctx.save_for_backward(groups, scale, inside)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(groups, scale, (codes >= low) & (codes <= high))
         return codes.clamp_(low, high)
 
     @staticmethod

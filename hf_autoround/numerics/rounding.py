@@ -22,11 +22,6 @@ def straight_through(values: Tensor, rounded: Callable[[Tensor], Tensor]) -> Ten
     return _StraightThrough.apply(values, rounded)
 
 
-def round_to_float16(values: Tensor) -> Tensor:
-    """Return float32 values that float16 holds exactly; the gradient passes straight through."""
-    return straight_through(values, _to_float16)
-
-
 def round_to_bfloat16(values: Tensor) -> Tensor:
     """Return float32 values that bfloat16 holds exactly; the gradient passes straight through."""
     return straight_through(values, _to_bfloat16)
@@ -35,10 +30,6 @@ def round_to_bfloat16(values: Tensor) -> Tensor:
 def power_of_two_below(values: Tensor) -> Tensor:
     """Return 2^floor(log2 |v|) of float32 values: the exponent's bits alone; 0 for 0 and what is smaller than 2^-126."""
     return (values.view(torch.int32) & 0x7F800000).view(torch.float32)
-
-
-def _to_float16(values: Tensor) -> Tensor:
-    return values.half().float()
 
 
 def _to_bfloat16(values: Tensor) -> Tensor:

@@ -116,8 +116,12 @@ WHOLE = (
 
 @pytest.mark.parametrize(
     ("more", "moments"),
-    [({"iters": 40}, BLOCKS), ({"iters": 0, "end_to_end_steps": 12, "save_steps": 4, "self_samples": 8}, WHOLE)],
-    ids=["blocks", "end to end"],
+    [
+        ({"iters": 40}, BLOCKS),
+        ({"iters": 0}, BLOCKS),
+        ({"iters": 0, "end_to_end_steps": 12, "save_steps": 4, "self_samples": 8}, WHOLE),
+    ],
+    ids=["blocks", "opt_rtn", "end to end"],
 )
 def test_killed_and_resumed_equals_undisturbed(more, moments, tiny_model, tmp_path):
     script = textwrap.dedent(RUNS.format(tests=str(Path(__file__).parents[1]), model=str(tiny_model("qwen3_moe")), more=more))
