@@ -206,7 +206,7 @@ def main() -> None:
                     each = "/".join(f"{value[0]:.2f}" for value in values)
                     shown = f"{mean[0]:.2f} ({each})" if len(values) > 1 else f"{mean[0]:.2f}"
                     print(
-                        f"{scheme:<10} {recipe:<9} {name:<13} {shown:>26} {mean[1]:>8.4f} {mean[2]:>9.2f} {mean[3]:>8.4f} "
+                        f"{scheme:<10} {recipe:<9} {name:<13} {shown:>26} {mean[1]:>8.3g} {mean[2]:>9.2f} {mean[3]:>8.3g} "
                         f"{mean[4]:>8.1f} {mean[5]:>8.1f} {mean[6]:>8.0f}",
                         flush=True,
                     )
