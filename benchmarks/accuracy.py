@@ -182,7 +182,7 @@ def main() -> None:
     extra = {name: ast.literal_eval(value) for name, _, value in (each.partition("=") for each in args.ours)}
     print(f"float: perplexity {judge.scores(Path(args.model))[0]:.3f}   {args.threads} thread(s), seeds {args.seeds}", flush=True)
     print(
-        f"{'scheme':<10} {'recipe':<9} {'tool':<13} {'perplexity':>26} {'KL':>8} {'late ppl':>9} {'late KL':>8} "
+        f"{'scheme':<10} {'recipe':<9} {'tool':<13} {'perplexity':>26} {'KL':>9} {'late ppl':>9} {'late KL':>9} "
         f"{'wall s':>8} {'CPU s':>8} {'peak MB':>8}",
         flush=True,
     )
@@ -206,7 +206,7 @@ def main() -> None:
                     each = "/".join(f"{value[0]:.2f}" for value in values)
                     shown = f"{mean[0]:.2f} ({each})" if len(values) > 1 else f"{mean[0]:.2f}"
                     print(
-                        f"{scheme:<10} {recipe:<9} {name:<13} {shown:>26} {mean[1]:>8.3g} {mean[2]:>9.2f} {mean[3]:>8.3g} "
+                        f"{scheme:<10} {recipe:<9} {name:<13} {shown:>26} {mean[1]:>9.4g} {mean[2]:>9.2f} {mean[3]:>9.4g} "
                         f"{mean[4]:>8.1f} {mean[5]:>8.1f} {mean[6]:>8.0f}",
                         flush=True,
                     )

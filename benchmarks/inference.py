@@ -128,7 +128,12 @@ def main() -> None:
     flags.add_argument("--rounds", type=int, default=3)
     flags.add_argument("--layers", type=int, default=6)
     flags.add_argument("--widths", nargs="+", default=list(WIDTHS))
-    flags.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "autoround-inference")
+    flags.add_argument(
+        "--work",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "autoround-inference",
+        help="where models are made, and stay for the next run",
+    )
     args = flags.parse_args()
     folders = make_models(args.work, args.layers)
     runs = [("bfloat16", "bfloat16", "bfloat16")] + [("ours", name, "bfloat16") for name in args.widths]

@@ -114,7 +114,12 @@ def main() -> None:
     flags.add_argument("--peer", help="python of a virtual environment with auto-round 0.16.1")
     flags.add_argument("--layers", type=int, nargs="+", default=[32, 64])
     flags.add_argument("--modes", nargs="+", default=["rtn", "tuned"])
-    flags.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "autoround-memory")
+    flags.add_argument(
+        "--work",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "autoround-memory",
+        help="where models are made, and stay for the next run",
+    )
     args = flags.parse_args()
     print(f"{'tool':<22} {'mode':<11} {'layers':>6} {'RssAnon MB':>11} {'RssFile MB':>11} {'s':>6}")
     idle = peak([sys.executable, "-c", "import torch, transformers.modeling_utils"])

@@ -93,7 +93,12 @@ def main() -> None:
     flags.add_argument("--formats", nargs="+", default=["auto_round", "auto_gptq", "auto_awq", "llm_compressor", "mlx"])
     flags.add_argument("--rounds", type=int, default=3)
     flags.add_argument("--steps", type=int, default=4, help="of the tuned run; 0 for none")
-    flags.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "autoround-write")
+    flags.add_argument(
+        "--work",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "autoround-write",
+        help="where models are made, and stay for the next run",
+    )
     args = flags.parse_args()
 
     import torch

@@ -68,9 +68,10 @@ class FloatTunables(Tunables):
         return {name: tensor for name, tensor in super().learned().items() if tensor is not None}
 
     def clamp_(self) -> None:
-        """Keep the scale's multiplier between 0 and 2; rounding may carry a weight past its neighbours."""
+        """Keep the scale's multiplier between 0 and 2, and rounding within half a step of the grid."""
         if self.scale is not None:
             self.scale.clamp_(0.0, 2.0)
+        self.rounding.clamp_(-0.5, 0.5)
 
 
 class FloatType(DataType):

@@ -39,8 +39,9 @@ class IntegerTunables(Tunables):
     scale: Tensor = learned("range")
 
     def clamp_(self) -> None:
-        """Keep the scale's multiplier between 0 and 2; rounding may carry a weight past its neighbours."""
+        """Keep the scale's multiplier between 0 and 2, and rounding within half a step of the grid."""
         self.scale.clamp_(0.0, 2.0)
+        self.rounding.clamp_(-0.5, 0.5)
 
 
 class Integer(DataType):
@@ -167,7 +168,7 @@ def grid(spec: TensorSpec) -> tuple[int, int]:
 
 def effective_scale(scale: Tensor) -> Tensor:
     """Return the scale as it is stored and served: exact in float16 and in bfloat16, no nearer to zero than SMALLEST_SCALE;
-    float32, signed.
+    float32, signed. The gradient passes straight through, at that floor too.
 
     Formats store float16, and engines that run a model in bfloat16 round that again: weights would move by 1.5e-3.
     """
@@ -196,8 +197,8 @@ class _ToGrid(torch.autograd.Function):
         codes = torch.div(groups, scale).add_(rounding).round_()
         if zero_point is not None:
             codes.add_(zero_point)
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(groups, scale, (codes >= low) & (codes <= high))
+        inside = (codes >= low) & (codes <= high)
+        ctx.save_for_backward(groups, scale, inside)
         return codes.clamp_(low, high)
 
     @staticmethod

@@ -26,7 +26,7 @@ from hf_autoround.models.processes import Processes
 from hf_autoround.numerics import needs_calibration
 from hf_autoround.planning.model_plan import plan_model
 from hf_autoround.planning.plan import QuantPlan
-from hf_autoround.scheme import SCHEME_KEYS, Scheme, resolve_scheme
+from hf_autoround.scheme import SCHEME_KEYS, PerGroup, Scheme, resolve_scheme
 from hf_autoround.streams.block_walk import StreamSettings
 from hf_autoround.streams.journal import Journal
 from hf_autoround.streams.shards import SourceKey, source_keys
@@ -58,11 +58,19 @@ class Run:
     @property
     def kept_per_weight(self) -> float:
         """How many bytes the journal keeps for each quantized weight, at most."""
-        kept = 1.1 if self.streams_blocks else 0.0  # a byte for each code, and the scales
-        if self.args.end_to_end_steps > 0:
-            kept += 11.6  # two checkpoints with rounding in float32 and three best results, while one replaces another
-            if self.args.low_gpu_mem_usage or self.args.residence == "streamed":
-                kept += 8.8  # weights in float32, rounding, inputs of blocks (benchmarks/README.md)
+        if not self.streams_blocks:
+            return 0.0
+        weights = [scheme.weight for scheme in self.plan.schemes.values() if scheme.weight is not None]
+        sizes = [spec.granularity.size for spec in weights if isinstance(spec.granularity, PerGroup)]
+        groups = 1 / min(sizes, default=128)  # for each weight
+        result = 1 + 8 * groups  # a byte for each code, and what a group has
+        if self.args.end_to_end_steps <= 0:
+            return result
+        learned = 4 + 20 * groups  # rounding in float32; scale, its start and its moments, a zero point
+        # the blocks' results and what they were made with; three best results, two checkpoints, while one replaces another
+        kept = 4 * result + (learned if self.args.iters else 0) + 2 * learned
+        if self.args.low_gpu_mem_usage or self.args.residence != "resident":
+            kept += 5 + learned  # weights in float32, and what enters blocks; "auto" may find that all this does not fit
         return kept
 
     def tokenizer_to_save(self, given: Any) -> Any:

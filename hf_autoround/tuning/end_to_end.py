@@ -114,8 +114,7 @@ class LearnedBlock:
             found = torch.autograd.grad(values, list(live.values()), gradients[name].to(values.dtype))
             for part, gradient in zip(live, found, strict=True):
                 if tunables.rates()[part] == "rounding":
-                    rounding = self.state[f"{name}:{part}"].sub_(gradient.sign_(), alpha=settings.rate(step))
-                    rounding.clamp_(-0.5, 0.5)  # SignRound's range: .2837 instead of .2906 after 1000 steps
+                    self.state[f"{name}:{part}"].sub_(gradient.sign_(), alpha=settings.rate(step))
                 elif settings.tunes_range:
                     range_lr = settings.range_lr * weight.data_type.range_rate(weight.spec)
                     self._adam(f"{name}:{part}", gradient, range_lr * left**2, step)
@@ -125,9 +124,9 @@ class LearnedBlock:
             self._adam(f"{name}:norm", gradients[name].float(), settings.norm_lr * size * left**2, step)
 
     def _adam(self, key: str, gradient: Tensor, lr: float, step: int) -> None:
-        adam(
-            [self.state[key]], [gradient], [self.state[f"{key}:first"]], [self.state[f"{key}:second"]], [],
-            [torch.tensor(float(step), device=gradient.device)], fused=True,
+        adam(  # the fused kernel takes memory as it lies
+            [self.state[key]], [gradient.contiguous()], [self.state[f"{key}:first"]], [self.state[f"{key}:second"]], [],
+            [torch.tensor(float(step), dtype=torch.float32, device=gradient.device)], fused=True,
             amsgrad=False, beta1=0.9, beta2=0.95, lr=lr, weight_decay=0.0, eps=1e-8, maximize=False,
         )  # fmt: skip
 
@@ -140,7 +139,7 @@ def first_state(weights: Mapping[str, TunableWeight], norms: Mapping[str, Tensor
     """Return the `state` of a block that begins with the result of the stage before; `norms` are the float model's.
 
     Rounding is float32, as codes are decided near the end, in small steps: the more steps and blocks, the smaller. (tinystories
-    at 2 bits, 250 steps, held-out KL of six seeds: .3236; of three in float16 .3302, in int16 with steps of 2^-14 .3313.)
+    at 2 bits, held-out KL, three seeds: .3242; in float16 .3302; in int16, where it may be two steps, .3323.)
     """
     state: dict[str, Tensor] = {}
     for name, weight in weights.items():

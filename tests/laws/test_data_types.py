@@ -67,6 +67,22 @@ def test_gradients_reach_everything_that_is_learned(dtype, spec, weight):
         assert tensor.grad is not None and tensor.grad.abs().sum() > 0, part
 
 
+@pytest.mark.parametrize(("dtype", "spec"), [case for case in CASES if case[1].data_type == "int"], ids=name)
+def test_a_scale_as_small_as_there_is_may_grow(dtype, spec, weight):
+    groups = group(weight * 1e-6, spec.granularity)
+    tunables = moved(dtype.neutral(groups, spec))
+    (dequantize(dtype.quantize(groups, spec, tunables)) - groups).square().sum().backward()
+    assert (tunables.scale.grad != 0).any()
+
+
+@pytest.mark.parametrize(("dtype", "spec"), CASES, ids=name)
+def test_rounding_takes_a_weight_no_further_than_its_neighbours(dtype, spec, weight):
+    tunables = dtype.neutral(group(weight, spec.granularity), spec)
+    tunables.rounding.add_(0.7).mul_(torch.sign(group(weight, spec.granularity)))
+    tunables.clamp_()
+    assert torch.equal(tunables.rounding.abs().unique()[-1:], torch.tensor([0.5]))
+
+
 @pytest.mark.parametrize(("dtype", "spec"), CASES, ids=name)
 def test_quantizing_a_dequantized_weight_changes_nothing(dtype, spec, weight):
     groups = group(weight, spec.granularity)
