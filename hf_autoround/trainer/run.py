@@ -69,8 +69,8 @@ class Run:
         learned = 4 + 20 * groups  # rounding in float32; scale, its start and its moments, a zero point
         # the blocks' results and what they were made with; three best results, two checkpoints, while one replaces another
         kept = 4 * result + (learned if self.args.iters else 0) + 2 * learned
-        if self.args.low_gpu_mem_usage or self.args.residence != "resident":
-            kept += 5 + learned  # weights in float32, and what enters blocks; "auto" may find that all this does not fit
+        if self.args.low_gpu_mem_usage or self.args.residence == "streamed":
+            kept += 5 + learned  # weights in float32, and what enters blocks
         return kept
 
     def tokenizer_to_save(self, given: Any) -> Any:
