@@ -119,12 +119,13 @@ class BlockWalk:
         blocks = tuple(self.lazy.model.get_submodule(name) for name in unit.names)
         if unit.key == "head":
             self.load_outside()
-            same = self.inputs is self.float_inputs
-            self.inputs, *others = (
-                finish(self.lazy.model, self.blocks, self.tokens, hidden, self.device, self.returns_tuple)
-                for hidden in (self.inputs, *([] if same else [self.float_inputs]))
-            )
-            self.float_inputs = self.inputs if same else others[0]
+
+            def finished(hidden: Tensor) -> Tensor:
+                return finish(self.lazy.model, self.blocks, self.tokens, hidden, self.device, self.returns_tuple)
+
+            inputs = finished(self.inputs)
+            self.float_inputs = inputs if self.inputs is self.float_inputs else finished(self.float_inputs)
+            self.inputs = inputs
             self.evict()
             return BlockRunner(unit.names, blocks, (BlockArguments.none(),), self.device, self.autocast)
         return BlockRunner(unit.names, blocks, tuple(self.arguments[name] for name in unit.names), self.device, self.autocast)

@@ -67,8 +67,8 @@ class LearnedBlock:
     """One block: its float parameters, and what is learned about them, which is changed in place.
 
     `weights` are quantized, `fixed` are the other parameters. `state` holds, by `parameter:part`, the tensors of the
-    weights' tunables, float32 values of the `norms` (which ship as `stored_dtype`),
-    and the two moments of what Adam moves. Weights reach products as `product_dtype`.
+    weights' tunables, float32 values of the `norms` (which ship as `stored_dtype`), and the two moments of what Adam moves.
+    Weights reach products as `product_dtype`.
     """
 
     weights: Mapping[str, TunableWeight]

@@ -342,6 +342,34 @@ def test_the_disk_has_to_hold_what_tuning_keeps_besides(tiny_model, tmp_path):
     assert kept[0] == 0 and kept == sorted(set(kept))
 
 
+@pytest.mark.parametrize("scheme", ["W2A16G32", "W4A16", "MXFP4"])
+@pytest.mark.parametrize(
+    "arguments", [{"iters": 2}, {"iters": 2, "end_to_end_steps": 4, "save_steps": 2}], ids=["blocks", "whole"]
+)
+def test_the_journal_keeps_no_more_than_the_disk_was_asked_for(scheme, arguments, tiny_model, tmp_path):
+    most = []
+
+    def kept():  # without the names in the files, and what is no quantized weight: small in models that are not tiny
+        files = list((tmp_path / "out" / ".autoround-journal").rglob("*.safetensors"))
+        tensors = {(file, key): tensor for file in files for key, tensor in load_file(file).items()}
+        return sum(tensor.nbytes for (_, key), tensor in tensors.items() if "norm" not in key)
+
+    class Watch(TrainerCallback):
+        def on_log(self, *args, **kwargs):
+            most.append(kept())
+
+        on_save = on_epoch_end = on_log
+
+    args = RoundingArguments(
+        output_dir=str(tmp_path / "out"), scheme=scheme, self_samples=0, residence="resident", disable_tqdm=True, **arguments
+    )
+    trainer = RoundingTrainer(str(tiny_model("llama_wide")), args, train_dataset=tokens(32), callbacks=[Watch()])
+    run = trainer.prepare()
+    asked = run.kept_per_weight * sum(site.shape[0] * site.shape[1] for site in run.plan.sites)
+    trainer.train()
+    assert asked / 4 < max(most) <= asked
+
+
 def test_a_disk_that_fills_up_leaves_no_checkpoint_and_keeps_the_journal(tiny_model, tmp_path, monkeypatch):
     import errno
     import os
