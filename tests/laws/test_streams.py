@@ -104,13 +104,15 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-BLOCKS = (".autoround-journal/manifest.json", "**/block-00000.safetensors", "**/block-00001.safetensors", ".partial/*")
+# what a run has written when it is killed: exact paths, as a recursive glob fails in folders that the run renames meanwhile
+JOURNAL = ".autoround-journal"
+BLOCKS = (f"{JOURNAL}/manifest.json", f"{JOURNAL}/block-00000.safetensors", f"{JOURNAL}/block-00001.safetensors", ".partial")
 WHOLE = (
-    ".autoround-journal/sampled.safetensors",
-    "**/best-000000",
-    "**/checkpoint-000004",
-    "**/checkpoint-000008",
-    ".partial/*",
+    f"{JOURNAL}/sampled.safetensors",
+    f"{JOURNAL}/end_to_end/best-000000",
+    f"{JOURNAL}/end_to_end/checkpoint-000004",
+    f"{JOURNAL}/end_to_end/checkpoint-000008",
+    ".partial",
 )
 
 
@@ -140,16 +142,16 @@ def test_killed_and_resumed_equals_undisturbed(more, moments, tiny_model, tmp_pa
             assert int(runs.stdout.readline()) == 0
 
         finish(tmp_path / "whole")
-        for pattern in moments:
+        for written in moments:
             process, deadline = start(torn), time.time() + 120
             while not (ended := select.select([runs.stdout], [], [], 0.001)[0]) and time.time() < deadline:
-                if list(torn.glob(pattern)):
+                if (torn / written).exists():
                     break
             if not ended:
                 os.kill(process, signal.SIGKILL)
             kills += int(runs.stdout.readline()) == signal.SIGKILL
             assert not list(torn.glob("**/auto_round/config.json")) or not list(torn.glob(".partial/auto_round/config.json"))
-        assert kills >= 3
+        assert kills >= len(moments) - 1  # the last folder lives for a moment
         finish(torn)
         assert contents(torn) == contents(tmp_path / "whole")
         finish(torn)  # finished already: nothing happens
