@@ -105,14 +105,14 @@ def contents(folder):
 
 
 # what a run has written when it is killed: exact paths, as a recursive glob fails in folders that the run renames meanwhile
-JOURNAL = ".autoround-journal"
-BLOCKS = (f"{JOURNAL}/manifest.json", f"{JOURNAL}/block-00000.safetensors", f"{JOURNAL}/block-00001.safetensors", ".partial")
+JOURNAL, WRITING = ".autoround-journal", ".partial/auto_round"
+BLOCKS = (f"{JOURNAL}/manifest.json", f"{JOURNAL}/block-00000.safetensors", f"{JOURNAL}/block-00001.safetensors", WRITING)
 WHOLE = (
     f"{JOURNAL}/sampled.safetensors",
     f"{JOURNAL}/end_to_end/best-000000",
     f"{JOURNAL}/end_to_end/checkpoint-000004",
     f"{JOURNAL}/end_to_end/checkpoint-000008",
-    ".partial",
+    WRITING,
 )
 
 
