@@ -266,9 +266,9 @@ class _Stage:
         return self.residence == "streamed" and self.walk.device.type != "cpu"
 
     def _fits(self) -> bool:
-        """Say whether all blocks' weights, and five bytes for each that is learned, have room on the device."""
+        """Say whether all blocks' weights, and nine bytes for each that is learned, have room on the device."""
         needed = sum(entry.nbytes for key, entry in self.lazy.checkpoint.entries.items())
-        learned = sum(entry.nbytes // entry.dtype.itemsize for entry in self.lazy.checkpoint.entries.values()) * 5
+        learned = sum(entry.nbytes // entry.dtype.itemsize for entry in self.lazy.checkpoint.entries.values()) * 9
         return needed + learned < _free_memory(self.walk.device) // 2
 
 

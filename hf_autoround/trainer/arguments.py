@@ -91,7 +91,7 @@ class RoundingArguments:
     end_to_end_steps: int = _help(
         "Steps on all blocks together, towards the float model's predictions, after the blocks' own; 0 for none.", default=0
     )
-    end_to_end_lr: float | None = _help("Rate of the rounding there, default 0.27 / sqrt(steps * blocks).", default=None)
+    end_to_end_lr: float | None = _help("Rate of the rounding there, default 0.36 / sqrt(steps * blocks).", default=None)
     residence: Residence = _help(
         "Where all blocks are kept for it: resident (on the device), streamed (mapped files, one block on the device), or "
         "auto: what fits.",
@@ -209,7 +209,7 @@ class RoundingArguments:
             steps=self.end_to_end_steps,
             batch_size=self.batch_size,
             gradient_accumulate_steps=self.gradient_accumulate_steps,
-            lr=self.end_to_end_lr or 0.27 / (self.end_to_end_steps * blocks) ** 0.5,
+            lr=self.end_to_end_lr or 0.36 / (self.end_to_end_steps * blocks) ** 0.5,
             tunes_range=self.enable_minmax_tuning,
             tunes_norms=self.enable_norm_bias_tuning,
         )

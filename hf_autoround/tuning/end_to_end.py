@@ -2,9 +2,11 @@
 """End to end: the rounding of all blocks tuned together against the float model's predictions.
 
 A smaller error of a block's output is often not a better model; a smaller KL divergence of the predictions is. So the
-tunables of every block (the same that block tuning moves) follow the gradient of the KL divergence to the float model:
-rounding by its sign, scales and norms by Adam. Relatives: SignRound (https://arxiv.org/abs/2309.05516) for the step,
-EfficientQAT (https://arxiv.org/abs/2407.11062) for tuning end to end, there with the codes frozen.
+tunables of every block (the same that block tuning moves) follow the gradient of the KL divergence to the float model by
+Adam (https://arxiv.org/abs/1412.6980). The sign of one step's gradient, which serves a block well, is mostly noise here, from
+few samples and from all other blocks' rounding on the move: a code that hardly matters should not walk as far as one that does.
+Relatives: SignRound (https://arxiv.org/abs/2309.05516) for what is tuned, EfficientQAT (https://arxiv.org/abs/2407.11062)
+for tuning end to end, there with the codes frozen.
 
 One block is open at a time, forward and then backward in reverse: only its inputs are kept between the two (or all that
 its backward needs, for as many blocks as there is room), and it is moved as soon as its own gradient is there, so gradients
@@ -38,8 +40,8 @@ class EndToEndSettings:
     others' follow from their data type's `range_rate` (tinystories at 8 bits: KL .00019; as fast as at 2 bits .00027);
     `norm_lr` is relative to the size of a norm's weights. Held-out samples choose the best of twenty steps, or of every 25th.
 
-    With `left` going from 1 to 0 the rate of the rounding falls as left^1.25, the others as left^2: what they move near the
-    end is noise (tinystories at 2 bits, held-out KL: .340 against .350 when all fall linearly).
+    With `left` going from 1 to 0 the rate of the rounding falls as left^1.7, the others as left^2: what they move near the
+    end is noise.
     """
 
     steps: int
@@ -59,7 +61,7 @@ class EndToEndSettings:
 
     def rate(self, step: int) -> float:
         """Return the rate of the rounding at a step."""
-        return self.lr * (1 - step / self.steps) ** 1.25
+        return self.lr * (1 - step / self.steps) ** 1.7
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class LearnedBlock:
     """One block: its float parameters, and what is learned about them, which is changed in place.
 
     `weights` are quantized, `fixed` are the other parameters. `state` holds, by `parameter:part`, the tensors of the
-    weights' tunables, float32 values of the `norms` (which ship as `stored_dtype`), and the two moments of what Adam moves.
+    weights' tunables, float32 values of the `norms` (which ship as `stored_dtype`), and Adam's two moments of both.
     Weights reach products as `product_dtype`.
     """
 
@@ -114,7 +116,7 @@ class LearnedBlock:
             found = torch.autograd.grad(values, list(live.values()), gradients[name].to(values.dtype))
             for part, gradient in zip(live, found, strict=True):
                 if tunables.rates()[part] == "rounding":
-                    self.state[f"{name}:{part}"].sub_(gradient.sign_(), alpha=settings.rate(step))
+                    self._adam(f"{name}:{part}", gradient, settings.rate(step), step)
                 elif settings.tunes_range:
                     range_lr = settings.range_lr * weight.data_type.range_rate(weight.spec)
                     self._adam(f"{name}:{part}", gradient, range_lr * left**2, step)
@@ -124,11 +126,15 @@ class LearnedBlock:
             self._adam(f"{name}:norm", gradients[name].float(), settings.norm_lr * size * left**2, step)
 
     def _adam(self, key: str, gradient: Tensor, lr: float, step: int) -> None:
-        adam(  # the fused kernel takes memory as it lies
-            [self.state[key]], [gradient.contiguous()], [self.state[f"{key}:first"]], [self.state[f"{key}:second"]], [],
+        kept = self.state[f"{key}:first"], self.state[f"{key}:second"]
+        first, second = (moment.float() for moment in kept)
+        adam(  # the fused kernel takes memory as it lies; eps: the more weights a model has, the smaller is each one's gradient
+            [self.state[key]], [gradient.contiguous()], [first], [second], [],
             [torch.tensor(float(step), dtype=torch.float32, device=gradient.device)], fused=True,
-            amsgrad=False, beta1=0.9, beta2=0.95, lr=lr, weight_decay=0.0, eps=1e-8, maximize=False,
+            amsgrad=False, beta1=0.7, beta2=0.95, lr=lr, weight_decay=0.0, eps=1e-16, maximize=False,
         )  # fmt: skip
+        for moment, value in zip(kept, (first, second), strict=True):
+            moment.copy_(value)
 
     def _shipped(self, norm: str) -> Tensor:
         return self.state[f"{norm}:norm"].to(self.stored_dtype)
@@ -138,8 +144,8 @@ class LearnedBlock:
 def first_state(weights: Mapping[str, TunableWeight], norms: Mapping[str, Tensor], result: BlockResult) -> dict[str, Tensor]:
     """Return the `state` of a block that begins with the result of the stage before; `norms` are the float model's.
 
-    Rounding is float32, as codes are decided near the end, in small steps: the more steps and blocks, the smaller. (tinystories
-    at 2 bits, held-out KL, three seeds: .3242; in float16 .3302; in int16, where it may be two steps, .3323.)
+    Rounding is float32, as codes are decided near the end, in small steps: the more steps and blocks, the smaller; its moments
+    are bfloat16, which loses nothing (benchmarks/README.md).
     """
     state: dict[str, Tensor] = {}
     for name, weight in weights.items():
@@ -148,8 +154,9 @@ def first_state(weights: Mapping[str, TunableWeight], norms: Mapping[str, Tensor
         for part, tensor in begun.tensors().items():
             key = f"{name}:{part}"
             state[key] = tensor
-            if rates.get(part) == "range":
-                state |= {f"{key}:first": torch.zeros_like(tensor), f"{key}:second": torch.zeros_like(tensor)}
+            if part in rates:
+                dtype = torch.bfloat16 if rates[part] == "rounding" else torch.float32
+                state |= {f"{key}:{moment}": torch.zeros_like(tensor, dtype=dtype) for moment in ("first", "second")}
     for name, norm in norms.items():
         value = result.tuned.get(name, norm).float()
         key = f"{name}:norm"

@@ -47,7 +47,7 @@ def measured(trainer):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_ships_is_as_far_from_the_float_model_as_was_measured(name, tiny_model, tmp_path):
     model = tiny_model(name)
-    trainer = tuned(model, tmp_path / "out", end_to_end_steps=12)
+    trainer = tuned(model, tmp_path / "out", end_to_end_steps=24, end_to_end_lr=0.01)
     first, last = measured(trainer)[0], measured(trainer)[-1]
     best = next(entry for entry in measured(trainer) if entry["end_to_end_step"] == last["best_step"])
     assert best["held_out_kl"] < first["held_out_kl"]
