@@ -66,9 +66,10 @@ class Run:
         result = 1 + 8 * groups  # a byte for each code, and what a group has
         if self.args.end_to_end_steps <= 0:
             return result
-        learned = 4 + 20 * groups  # rounding in float32; scale, its start and its moments, a zero point
+        tunables = 4 + 12 * groups  # rounding in float32; scale, its start, a zero point
+        learned = tunables + 4 + 8 * groups  # and their moments
         # the blocks' results and what they were made with; three best results, two checkpoints, while one replaces another
-        kept = 4 * result + (learned if self.args.iters else 0) + 2 * learned
+        kept = 4 * result + (tunables if self.args.iters else 0) + 2 * learned
         if self.args.low_gpu_mem_usage or self.args.residence == "streamed":
             kept += 5 + learned  # weights in float32, and what enters blocks
         return kept

@@ -131,7 +131,7 @@ class LearnedBlock:
         adam(  # the fused kernel takes memory as it lies; eps: the more weights a model has, the smaller is each one's gradient
             [self.state[key]], [gradient.contiguous()], [first], [second], [],
             [torch.tensor(float(step), dtype=torch.float32, device=gradient.device)], fused=True,
-            amsgrad=False, beta1=0.7, beta2=0.95, lr=lr, weight_decay=0.0, eps=1e-16, maximize=False,
+            amsgrad=False, beta1=0.7, beta2=0.95, lr=lr, weight_decay=0.0, eps=1e-18, maximize=False,
         )  # fmt: skip
         for moment, value in zip(kept, (first, second), strict=True):
             moment.copy_(value)
