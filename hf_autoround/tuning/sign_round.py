@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_autoround.numerics import Tunables
 from hf_autoround.tuning.opt_rtn import searched
 from hf_autoround.tuning.samples import batches, split
-from hf_autoround.tuning.task import BlockResult, BlockTask, OnStep, TuningSettings
+from hf_autoround.tuning.task import ADAM_EPS, BlockResult, BlockTask, OnStep, TuningSettings
 
 
 def sign_round(task: BlockTask, settings: TuningSettings, on_step: OnStep) -> BlockResult:
@@ -69,13 +69,13 @@ class _State:
             self.norms = {name: norm.detach().float().clone().requires_grad_() for name, norm in task.norms.items()}
         groups = [{"params": tensors, "lr": lr} for lr, tensors in by_rate.items()]
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Adam(groups, betas=(0.9, 0.95), eps=_EPS) if settings.enable_adam else SignSGD(groups, settings.momentum)
+            torch.optim.Adam(groups, betas=(0.9, 0.95), eps=ADAM_EPS) if settings.enable_adam else SignSGD(groups, settings.momentum)
         ]
         if self.norms:
             # relative to their size: some models store norm weights around 1, some around 0, and biases are anything
             sizes = {name: max(norm.detach().square().mean().sqrt().item(), 1e-3) for name, norm in self.norms.items()}
             groups = [{"params": [norm], "lr": settings.norm_lr * sizes[name]} for name, norm in self.norms.items()]
-            self.optimizers.append(torch.optim.Adam(groups, eps=_EPS))
+            self.optimizers.append(torch.optim.Adam(groups, eps=ADAM_EPS))
         self.initial = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
 
     @torch.no_grad()

@@ -137,6 +137,9 @@ class TuningSettings:
     keep_tunables: bool = False
 
 
+# The more weights a model has, the smaller is the gradient of each: with the usual 1e-8 it would decide how far they move.
+ADAM_EPS = 1e-18
+
 OnStep = Callable[[int, float, float], bool]  # (step, loss of the batch, learning rate) -> stop?
 
 
