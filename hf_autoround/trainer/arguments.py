@@ -79,7 +79,7 @@ class RoundingArguments:
     lr: float | None = _help("Rate of the rounding, default 1 / iters.", default=None)
     minmax_lr: float | None = _help("Rate of the scales, default the rounding's, less at more bits.", default=None)
     momentum: float = _help("Momentum of the sign step.", default=0.0)
-    enable_adam: bool = _help("Adam in place of the sign step.", default=False)
+    enable_adam: bool = _help("Adam in place of the sign step: closer to the float model, for more memory.", default=False)
     enable_minmax_tuning: bool = _help("Tune scales as well as rounding.", default=True)
     enable_norm_bias_tuning: bool = _help("Tune norm weights and biases as well.", default=True)
     enable_quanted_input: bool = _help("Tune each block on what the quantized blocks before it produce.", default=True)

@@ -69,7 +69,7 @@ class _State:
             self.norms = {name: norm.detach().float().clone().requires_grad_() for name, norm in task.norms.items()}
         groups = [{"params": tensors, "lr": lr} for lr, tensors in by_rate.items()]
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Adam(groups, betas=(0.9, 0.95), eps=ADAM_EPS)
+            torch.optim.Adam(groups, betas=(0.7, 0.95), eps=ADAM_EPS)
             if settings.enable_adam
             else SignSGD(groups, settings.momentum)
         ]
