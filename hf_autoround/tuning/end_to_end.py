@@ -31,7 +31,7 @@ from torch.optim.adam import adam
 from hf_autoround.errors import CalibrationError
 from hf_autoround.numerics import Tunables
 from hf_autoround.tuning.samples import batches, split
-from hf_autoround.tuning.task import ADAM_EPS, BlockResult, TunableWeight
+from hf_autoround.tuning.task import ADAM_BETAS, ADAM_EPS, BlockResult, TunableWeight
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class LearnedBlock:
         adam(  # the fused kernel takes memory as it lies
             [self.state[key]], [gradient.contiguous()], [first], [second], [],
             [torch.tensor(float(step), dtype=torch.float32, device=gradient.device)], fused=True,
-            amsgrad=False, beta1=0.7, beta2=0.95, lr=lr, weight_decay=0.0, eps=ADAM_EPS, maximize=False,
+            amsgrad=False, beta1=ADAM_BETAS[0], beta2=ADAM_BETAS[1], lr=lr, weight_decay=0.0, eps=ADAM_EPS, maximize=False,
         )  # fmt: skip
         for moment, value in zip(kept, (first, second), strict=True):
             moment.copy_(value)

@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_autoround.numerics import Tunables
 from hf_autoround.tuning.opt_rtn import searched
 from hf_autoround.tuning.samples import batches, split
-from hf_autoround.tuning.task import ADAM_EPS, BlockResult, BlockTask, OnStep, TuningSettings
+from hf_autoround.tuning.task import ADAM_BETAS, ADAM_EPS, BlockResult, BlockTask, OnStep, TuningSettings
 
 
 def sign_round(task: BlockTask, settings: TuningSettings, on_step: OnStep) -> BlockResult:
@@ -69,7 +69,7 @@ class _State:
             self.norms = {name: norm.detach().float().clone().requires_grad_() for name, norm in task.norms.items()}
         groups = [{"params": tensors, "lr": lr} for lr, tensors in by_rate.items()]
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Adam(groups, betas=(0.7, 0.95), eps=ADAM_EPS)
+            torch.optim.Adam(groups, betas=ADAM_BETAS, eps=ADAM_EPS)
             if settings.enable_adam
             else SignSGD(groups, settings.momentum)
         ]

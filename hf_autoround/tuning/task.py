@@ -137,7 +137,10 @@ class TuningSettings:
     keep_tunables: bool = False
 
 
-# The more weights a model has, the smaller is the gradient of each: with the usual 1e-8 it would decide how far they move.
+# What moves the rounding has a short memory, or codes go on moving where the gradient no longer points: after 50 steps on
+# tinystories' blocks at 2 bits the held-out KL is .389 with .7, .423 with the usual .9, .411 by the sign alone.
+ADAM_BETAS = (0.7, 0.95)
+# The more weights a model has, the smaller is the gradient of each: with the usual 1e-8 that would decide how far they move.
 ADAM_EPS = 1e-18
 
 OnStep = Callable[[int, float, float], bool]  # (step, loss of the batch, learning rate) -> stop?
