@@ -137,7 +137,7 @@ class TuningSettings:
     keep_tunables: bool = False
 
 
-# What moves the rounding has a short memory, or codes go on moving where the gradient no longer points: after 50 steps on
+# Adam has a short memory here, or codes go on moving where the gradient no longer points: after 50 steps on
 # tinystories' blocks at 2 bits the held-out KL is .389 with .7, .423 with the usual .9, .411 by the sign alone.
 ADAM_BETAS = (0.7, 0.95)
 # The more weights a model has, the smaller is the gradient of each: with the usual 1e-8 that would decide how far they move.
