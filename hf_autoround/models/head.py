@@ -63,5 +63,6 @@ class Head:
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         with replaced(list(bodies.values()), lambda place: lambda *args, **kwargs: output), autocast(self.device, self.autocast):
             # tied weights need no care, as nothing but the head runs; looking for them takes longer than the product
-            call = {"input_ids": token, "use_cache": False}
-            return functional_call(self.model, {**self.weights, **(weights or {})}, kwargs=call, tie_weights=False).logits[0]
+            parameters, call = {**self.weights, **(weights or {})}, {"input_ids": token, "use_cache": False}
+            logits = functional_call(self.model, parameters, kwargs=call, tie_weights=False).logits
+        return logits.squeeze(0)  # an index would have its backward copy the gradient into zeros

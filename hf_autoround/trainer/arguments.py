@@ -29,7 +29,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "opt-rtn": {"iters": 0, "nsamples": 128, "seqlen": 2048},
     "e2e": {"iters": 0, "end_to_end_steps": 250, "self_samples": 256, "nsamples": 128, "seqlen": 2048},
     "e2e-light": {"iters": 0, "end_to_end_steps": 50, "nsamples": 128, "seqlen": 2048},
-    "e2e-best": {"iters": 0, "end_to_end_steps": 1000, "self_samples": 1024, "nsamples": 128, "seqlen": 2048},
+    "e2e-best": {"iters": 0, "end_to_end_steps": 1000, "self_samples": 512, "nsamples": 128, "seqlen": 2048, "batch_size": 6},
     "rtn": {"iters": 0, "nsamples": 128, "seqlen": 2048, "disable_opt_rtn": True},
 }
 

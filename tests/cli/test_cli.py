@@ -130,7 +130,8 @@ def test_recipes_have_commands(capsys):
     assert recipe("opt-rtn").algorithm == "opt_rtn"
     steps = {name: recipe(name).end_to_end_steps for name in ("e2e", "e2e-light", "e2e-best", "default")}
     assert steps == {"e2e": 250, "e2e-light": 50, "e2e-best": 1000, "default": 0}
-    assert recipe("e2e-light").batch_size == 8 and recipe("e2e-light", batch_size=4).batch_size == 4
+    assert recipe("e2e-light").batch_size == 8 and recipe("e2e-best").batch_size == 6
+    assert recipe("e2e-best", batch_size=8).batch_size == 8
     assert set(RECIPES) == {"default", "best", "light", "e2e", "e2e-light", "e2e-best", "opt-rtn", "rtn"}
 
 
