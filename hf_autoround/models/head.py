@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,17 @@ class Head:
     def rows(self) -> int:
         """For how many rows at a time logits should be computed: for fewer than some hundreds reading the head takes longer."""
         return max(256, (1 << 22 if self.device.type == "cpu" else 1 << 26) // self.model.config.get_text_config().vocab_size)
+
+    @cached_property
+    def linear(self) -> bool:
+        """Say whether logits are a linear function of hidden states: no bias, no soft cap."""
+        wide = [weight for weight in self.weights.values() if weight.ndim == 2]
+        if len(wide) != 1:
+            return False
+        rows = torch.linspace(-1, 1, wide[0].shape[-1], device=self.device).to(wide[0])[None]
+        with torch.no_grad():
+            # a power of two changes no digit; rounding would hide how a soft cap bends small logits, but not large ones
+            return torch.equal(self.logits(rows) * 1024, self.logits(rows * 1024))
 
     def logits(self, rows: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the logits (R, V) of finished hidden states (R, H), with `weights` in place of the head's own."""

@@ -212,7 +212,7 @@ class BlockWalk:
             if predicts:
                 head = end()
                 mine, theirs = (head.finished(hidden, self.tokens[own]).flatten(0, 1) for hidden in (output, target))
-                return teacher.error(head.logits, head.logits, mine, theirs, head.rows)
+                return teacher.error(teacher.Heads(head.logits, head.logits, head.linear), mine, theirs, head.rows)
             precise = torch.promote_types(output.dtype, torch.float32)
             return torch.nn.functional.mse_loss(output.to(precise), target.to(precise))
 

@@ -197,24 +197,26 @@ class _Stage:
             own = where[indices]
             return head.finished(hidden, walk.tokens[own]), self.teacher[own].to(walk.device)
 
-        def logits(parameters: Mapping[str, Tensor]) -> teacher.Logits:
+        learns_head = self.units[-1].key == "head"
+
+        def heads(parameters: Mapping[str, Tensor]) -> teacher.Heads:
             inputs = {name: (parameters[name], *how) for name, how in self.head_inputs.items() if name in parameters}
 
-            def compute(states: Tensor) -> Tensor:
+            def student(states: Tensor) -> Tensor:
                 with quantized_inputs(inputs):
                     return head.logits(states, parameters)
 
-            return compute
+            return teacher.Heads(student, head.logits, head.linear and not learns_head)
 
         def measure(hidden: Tensor, indices: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
             mine, theirs = finished(hidden, indices)
-            return teacher.divergence(logits(parameters), logits({}), mine.flatten(0, 1), theirs.flatten(0, 1), head.rows)
+            return teacher.divergence(heads(parameters), mine.flatten(0, 1), theirs.flatten(0, 1), head.rows)
 
         def backward(hidden: Tensor, indices: Tensor, parameters: Mapping[str, Tensor], scale: float) -> tuple[Tensor, Tensor]:
             leaf = hidden.requires_grad_()
             mine, theirs = finished(leaf, indices)
             kl, gradient = teacher.backward(
-                logits(parameters), logits({}), mine.detach().flatten(0, 1), theirs.flatten(0, 1), head.rows, scale
+                heads(parameters), mine.detach().flatten(0, 1), theirs.flatten(0, 1), head.rows, scale
             )
             mine.backward(gradient.view_as(mine))
             assert leaf.grad is not None
@@ -241,7 +243,7 @@ class _Stage:
             samples=walk.samples,
             tokens=walk.tokens.shape[1],
             blocks=len(self.runners),
-            learns_head=self.units[-1].key == "head",
+            learns_head=learns_head,
             open=open_block,
             inputs=lambda indices: self.inputs[where[indices]].to(walk.device),
             run=run,

@@ -79,9 +79,14 @@ def test_the_end_of_a_model_gives_its_own_logits(name, tiny_model):
         logits = model(SAMPLES[:3], use_cache=False).logits
         hook.remove()
         hidden = returned[0][0] if isinstance(returned[0], tuple) else returned[0]
-        head = Head(model, blocks, torch.device("cpu"), returns_tuple=isinstance(returned[0], tuple))
-        finished = head.finished(hidden, SAMPLES[:3])
-        assert torch.allclose(head.logits(finished[1], {}), logits[1], atol=1e-5)
+        returns_tuple = isinstance(returned[0], tuple)
+        heads = [weight for weight in model.named_parameters(remove_duplicate=False) if "lm_head" in weight[0]]
+        for autocast in (None, torch.bfloat16):
+            weights = {key: tensor.to(autocast or torch.float32) for key, tensor in heads}
+            head = Head(model, blocks, torch.device("cpu"), autocast, returns_tuple, weights)
+            finished = head.finished(hidden, SAMPLES[:3])
+            assert torch.allclose(head.logits(finished[1]).float(), logits[1], atol=1e-5 if autocast is None else 0.02)
+            assert head.linear == (name != "gemma2")  # whose logits have a soft cap
 
 
 def test_it_begins_where_the_blocks_ended_rounding_included(tiny_model, tmp_path):
