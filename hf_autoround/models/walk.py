@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from hf_autoround.errors import UnsupportedLayer
 from hf_autoround.layers.activations import InputQuantizer, quantized_inputs
 from hf_autoround.layers.fake_quantized_block import run_block
+from hf_autoround.layers.products import PadRows
 
 
 @dataclass
@@ -97,7 +98,8 @@ class BlockRunner:
                 args, kwargs = arguments.at(indices, self.device)
                 own = {key.removeprefix(f"{name}."): weights[key] for key in weights if key.startswith(f"{name}.")}
                 quantized = {key: (own[key], *how) for key, how in self._inputs_of(name, own)}
-                with quantized_inputs(quantized):
+                fused_on_cpu = hidden.device.type == "cpu" and any(weight.ndim == 3 for weight in own.values())
+                with PadRows() if fused_on_cpu else nullcontext(), quantized_inputs(quantized):
                     hidden = run_block(block, hidden, args, kwargs, own)
         return hidden
 
