@@ -23,8 +23,8 @@ class AutoRound:
     """Quantize a model: `AutoRound(model, scheme="W4A16").quantize_and_save(folder)`.
 
     `model`: a folder, a Hub id or a PreTrainedModel. `scheme`: a preset's name or a dict. `dataset`: texts, token ids,
-    tensors, a datasets.Dataset, or a name or path. `recipe`: one of RECIPES (default, light, e2e ...). Everything else is a
-    field of RoundingArguments.
+    tensors, a datasets.Dataset, or a name or path. `recipe`: default, best, light, e2e, e2e-best, e2e-light,
+    opt-rtn or rtn. Everything else is a field of RoundingArguments.
     """
 
     def __init__(

@@ -58,13 +58,13 @@ class Head:
 
     @cached_property
     def linear(self) -> bool:
-        """Say whether logits are a linear function of hidden states: no bias, no soft cap."""
+        """Say whether logits are a linear function of hidden states: no bias, no soft cap. Known after `finished`."""
         wide = [weight for weight in self.weights.values() if weight.ndim == 2]
         if len(wide) != 1:
             return False
         rows = torch.linspace(-1, 1, wide[0].shape[-1], device=self.device).to(wide[0])[None]
         with torch.no_grad():
-            # a power of two changes no digit; rounding would hide how a soft cap bends small logits, but not large ones
+            # a power of two scales a product exactly; a large one, as rounding hides how a soft cap bends small logits
             return torch.equal(self.logits(rows) * 1024, self.logits(rows * 1024))
 
     def logits(self, rows: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:

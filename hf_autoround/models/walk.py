@@ -98,10 +98,15 @@ class BlockRunner:
                 args, kwargs = arguments.at(indices, self.device)
                 own = {key.removeprefix(f"{name}."): weights[key] for key in weights if key.startswith(f"{name}.")}
                 quantized = {key: (own[key], *how) for key, how in self._inputs_of(name, own)}
-                fused_on_cpu = hidden.device.type == "cpu" and any(weight.ndim == 3 for weight in own.values())
-                with PadRows() if fused_on_cpu else nullcontext(), quantized_inputs(quantized):
+                # the watcher last, so that it sees inputs first; who watches without weights counts rows, and gets no others
+                with PadRows() if self._compiles_kernels(hidden, own) else nullcontext(), quantized_inputs(quantized):
                     hidden = run_block(block, hidden, args, kwargs, own)
         return hidden
+
+    def _compiles_kernels(self, hidden: Tensor, weights: Mapping[str, Tensor]) -> bool:
+        """Say whether these are experts whose products a CPU's library compiles a kernel for."""
+        in_bfloat16 = torch.bfloat16 in (hidden.dtype, self.autocast)
+        return hidden.device.type == "cpu" and in_bfloat16 and any(weight.ndim == 3 for weight in weights.values())
 
     def _inputs_of(self, block: str, own: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[bool, InputQuantizer]]]:
         """Yield the name inside a block, and how its inputs are quantized, of each of these weights that has such."""

@@ -206,7 +206,7 @@ class _Stage:
                 with quantized_inputs(inputs):
                     return head.logits(states, parameters)
 
-            return teacher.Heads(student, head.logits, head.linear and not learns_head)
+            return teacher.Heads(student, head.logits, not learns_head and head.linear)
 
         def measure(hidden: Tensor, indices: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
             mine, theirs = finished(hidden, indices)

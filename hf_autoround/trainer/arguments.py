@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from hf_autoround.tuning import TuningSettings
     from hf_autoround.tuning.end_to_end import EndToEndSettings
 
-# iters, samples, length: what the recipes of the auto-round tool ask for. The learning rate is 1 / iters.
+# iters, samples, length: what the recipes of the auto-round tool ask for; those end to end are ours (benchmarks/README.md).
+# The learning rate is 1 / iters.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {"iters": 200, "nsamples": 128, "seqlen": 2048},
     "best": {"iters": 1000, "nsamples": 512, "seqlen": 2048},

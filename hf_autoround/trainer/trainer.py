@@ -211,7 +211,7 @@ class RoundingTrainer:
             recipe |= {key: getattr(args, key) for key in keys if getattr(args, key) not in (None, False)}
         if args.end_to_end_steps:
             settings = args.end_to_end(len(run.parts.block_names))
-            recipe |= {"end_to_end_steps": settings.steps, "end_to_end_lr": settings.lr}
+            recipe |= {"end_to_end_steps": settings.steps, "end_to_end_lr": settings.lr, "batch_size": settings.batch_size}
         if run.data is not None:
             recipe["seed"] = args.seed
         packed = target.config(run.plan, {}) is not None

@@ -23,11 +23,11 @@ _CACHED = 1 << 17  # logits that stay in a CPU's cache
 
 @dataclass(frozen=True)
 class Heads:
-    """The quantized model's head and the float model's; `linear` if both are one linear function.
+    """The quantized model's head and the float model's; `linear` if both are one linear function, which is not learned.
 
-    Then the quantized model's logits are the float model's and those of the difference of the hidden states. A product in
-    bfloat16 rounds large logits as far as 4 bits move them: of the float model that alone is a KL divergence of 3e-5 on
-    opt-wiki, where W4A16 ends at 9e-5.
+    Then the quantized model's logits are the float model's plus those of the difference of the hidden states. A product in
+    bfloat16 rounds large logits more than half as far as 4 bits move them: of the float model that alone is a KL divergence
+    of 3e-5 on opt-wiki, where W4A16 ends at 9e-5.
     """
 
     student: Logits
@@ -35,7 +35,7 @@ class Heads:
     linear: bool = False
 
     def of_student(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """Return the quantized model's logits (R, V), beside the float model's if `linear`; differentiable."""
+        """Return the quantized model's logits (R, V); if `linear`, what they add to the float model's. Differentiable."""
         return self.student(hidden - target.to(hidden) if self.linear else hidden)
 
 
@@ -55,7 +55,7 @@ def backward(heads: Heads, hidden: Tensor, target: Tensor, rows: int, scale: flo
     """Return the sum of the KL divergence over positions, and `scale` times its gradient for `hidden`, (R, H).
 
     The gradient needs no logarithm, so the divergence, which is there to be looked at, is estimated from every sixteenth
-    position. What the student's head was built from gets its gradients as by `Tensor.backward`.
+    position. What the student's head was built from gets its gradients as by `Tensor.backward`, unless the heads are `linear`.
     """
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     gradient = torch.empty_like(hidden)
@@ -98,11 +98,11 @@ class _KnownGradient(torch.autograd.Function):
         return gradient * scale.to(gradient.dtype), None, None
 
 
-def _divergence(student: Tensor, teacher: Tensor, beside: bool) -> Tensor:
-    """Return sum p (log p - log q) for two tensors of logits (R, V), float64; `beside`: the student's come on top."""
+def _divergence(student: Tensor, teacher: Tensor, adds: bool) -> Tensor:
+    """Return sum p (log p - log q) for two tensors of logits (R, V), float64; `adds`: the student's add to the teacher's."""
     total = torch.zeros((), dtype=torch.float64, device=student.device)
     for theirs, mine in _pieces(teacher, student):
-        log_p, log_q = (torch.log_softmax(each, -1, out=each) for each in _precise(theirs, mine, beside))
+        log_p, log_q = (torch.log_softmax(each, -1, out=each) for each in _precise(theirs, mine, adds))
         total += torch.dot(log_p.exp().flatten(), log_q.neg_().add_(log_p).flatten())
     return total
 
@@ -114,7 +114,8 @@ def _pieces(teacher: Tensor, student: Tensor) -> Iterator[tuple[Tensor, Tensor]]
     return zip(teacher.split(rows), student.split(rows), strict=True)
 
 
-def _precise(teacher: Tensor, student: Tensor, beside: bool) -> tuple[Tensor, Tensor]:
-    """Return both logits in float32 at least, copies to be overwritten: fresh memory costs a CPU more than exponentials do."""
+def _precise(teacher: Tensor, student: Tensor, adds: bool) -> tuple[Tensor, Tensor]:
+    """Return both logits in float32 at least, the student's with the teacher's added if `adds`; copies to be overwritten, as
+    fresh memory costs a CPU more than exponentials do."""
     theirs, mine = (each.to(torch.promote_types(each.dtype, torch.float32), copy=True) for each in (teacher, student))
-    return theirs, mine.add_(theirs) if beside else mine
+    return theirs, mine.add_(theirs) if adds else mine

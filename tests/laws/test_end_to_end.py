@@ -89,6 +89,12 @@ def test_the_end_of_a_model_gives_its_own_logits(name, tiny_model):
             assert head.linear == (name != "gemma2")  # whose logits have a soft cap
 
 
+def test_a_head_with_a_bias_is_not_linear(tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
+    model.lm_head.bias = torch.nn.Parameter(torch.full((model.config.vocab_size,), 0.1))
+    assert not Head(model, list(model.model.layers), torch.device("cpu"), weights={"lm_head.weight": model.lm_head.weight}).linear
+
+
 def test_it_begins_where_the_blocks_ended_rounding_included(tiny_model, tmp_path):
     model = tiny_model("llama")
     trainer = tuned(model, tmp_path / "out", iters=8)

@@ -46,6 +46,24 @@ def test_padded_products_give_the_same_numbers_and_gradients(product, rows):
         assert torch.allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda: torch.randn(7, 5) @ torch.ones(3, 5, 6),
+        lambda: torch.addmm(torch.ones(7, 6), torch.ones(7, 5), torch.ones(5, 6)),
+        lambda: F.linear(torch.ones(2, 7, 5), torch.ones(6, 5)),
+        lambda: torch.mm(torch.ones(7, 5), torch.ones(5, 6), out=torch.empty(7, 6)),
+    ],
+    ids=["many matrices", "rows added", "3-D inputs", "given memory"],
+)
+def test_other_products_are_left_alone(product):
+    torch.manual_seed(0)
+    expected = product()
+    torch.manual_seed(0)
+    with PadRows():
+        assert torch.equal(product(), expected)
+
+
 def test_who_watches_sees_no_padding():
     seen = []
 

@@ -4,6 +4,7 @@
 import pytest
 import torch
 from tiny import CONFIGS, tokens
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, BambaConfig, MambaConfig, Zamba2Config
 
 from hf_autoround.errors import CheckpointError, UnsupportedLayer
@@ -65,6 +66,35 @@ def test_every_weight_sees_its_inputs(name, tiny_model):
         assert statistics.squares[parameter].shape == (*tensor.shape[:-2], 1, columns)
         per_expert = 2 if tensor.ndim == 3 else 1
         assert int(statistics.rows[parameter].sum()) == 8 * 20 * per_expert
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+def test_experts_have_few_shapes_where_kernels_are_compiled_for_each(autocast, tiny_model):
+    lazy = open_model(tiny_model("qwen3_moe"))
+    load_keys(lazy, lazy.keys, CPU, torch.float32)
+    parts, rows = model_parts(lazy.model), tokens(6, 23)
+    blocks = [lazy.model.get_submodule(block) for block in parts.block_names]
+    captured = capture(lazy.model, blocks, rows, CPU)
+    name, weights = parts.block_names[-1], {}  # the first one is dense
+    for site in find_sites(lazy.model):
+        if site.parameter.startswith(name):
+            weights[site.parameter] = lazy.model.get_parameter(site.parameter).detach()
+
+    class Rows(TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: set[int] = set()
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.nn.functional.linear and args[0].ndim == 2:
+                self.seen.add(len(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    runner = BlockRunner((name,), blocks[-1:], captured.arguments[-1:], CPU, autocast)
+    with torch.no_grad(), Rows() as watched:
+        found = runner(captured.hidden[:4], torch.arange(4), weights)
+    assert watched.seen and all(rows % 64 == 0 for rows in watched.seen) == (autocast is not None)
+    torch.testing.assert_close(found, runner(captured.hidden[:4], torch.arange(4), {}), rtol=0, atol=1e-2 if autocast else 1e-5)
 
 
 def test_a_watched_input_is_summed_exactly(tiny_model):
