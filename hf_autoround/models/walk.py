@@ -98,7 +98,7 @@ class BlockRunner:
                 args, kwargs = arguments.at(indices, self.device)
                 own = {key.removeprefix(f"{name}."): weights[key] for key in weights if key.startswith(f"{name}.")}
                 quantized = {key: (own[key], *how) for key, how in self._inputs_of(name, own)}
-                # the watcher last, so that it sees inputs first; who watches without weights counts rows, and gets no others
+                # quantizers are entered last, so they see inputs before rows are added; whoever only watches gives no weights
                 with PadRows() if self._compiles_kernels(hidden, own) else nullcontext(), quantized_inputs(quantized):
                     hidden = run_block(block, hidden, args, kwargs, own)
         return hidden
