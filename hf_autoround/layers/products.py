@@ -65,15 +65,16 @@ class PadRows(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         position = _PRODUCTS.get(func)
-        if position is None or not self._of_rows(args, position) or "out" in (kwargs or {}):
+        if position is None or not self._needs_rows(args, position) or "out" in (kwargs or {}):
             return func(*args, **(kwargs or {}))
         inputs = args[position - 1]
         padded = F.pad(inputs, (0, 0, 0, -len(inputs) % 64))
         return func(*args[: position - 1], padded, *args[position:], **(kwargs or {}))[: len(inputs)]
 
     @staticmethod
-    def _of_rows(args: tuple, position: int) -> bool:
-        """Say whether this is (R, I) by a matrix, with nothing added that has R rows itself."""
+    def _needs_rows(args: tuple, position: int) -> bool:
+        """Say whether this is (R, I) by a matrix, R no multiple of 64, with nothing added that has R rows itself."""
         if len(args) <= position or not all(isinstance(each, Tensor) for each in args[: position + 1]):
             return False
-        return args[position - 1].ndim == args[position].ndim == 2 and all(each.ndim == 1 for each in args[: position - 1])
+        added, inputs, weight = args[: position - 1], args[position - 1], args[position]
+        return inputs.ndim == weight.ndim == 2 and len(inputs) % 64 != 0 and all(each.ndim == 1 for each in added)

@@ -248,7 +248,11 @@ def test_log_card_and_plot_tell_how_it_went(tiny_model, tmp_path):
     assert state["max_steps"] == 3 + 6 and state["global_step"] == 9 and state["num_train_epochs"] == 4
     assert [entry["step"] for entry in state["log_history"] if "learning_rate" in entry] == [5, 7, 9]
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| end_to_end_steps | 6 |" in card and f"{measured(trainer)[0]['held_out_kl']:.4f} before" in card
+    assert (
+        "| end_to_end_steps | 6 |" in card
+        and f"| batch_size | {trainer.args.batch_size} |" in card
+        and f"{measured(trainer)[0]['held_out_kl']:.4f} before" in card
+    )
     pytest.importorskip("matplotlib")
     assert "![KL divergence over steps](end_to_end.png)" in card
     assert (tmp_path / "out" / "end_to_end.png").read_bytes()[:4] == b"\x89PNG"
