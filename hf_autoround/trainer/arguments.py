@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from hf_autoround.tuning.end_to_end import EndToEndSettings
 
 # iters, samples, length: what the recipes of the auto-round tool ask for; those end to end are ours (benchmarks/README.md).
-# The learning rate is 1 / iters.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {"iters": 200, "nsamples": 128, "seqlen": 2048},
     "best": {"iters": 1000, "nsamples": 512, "seqlen": 2048},
@@ -77,10 +76,10 @@ class RoundingArguments:
     disable_opt_rtn: bool = _help(
         "With iters 0: plain round to nearest, which needs no data (NVFP4 and FP8_STATIC do).", default=False
     )
-    lr: float | None = _help("Rate of the rounding, default 1 / iters.", default=None)
+    lr: float | None = _help("Rate of the rounding, default 0.2 / sqrt(iters), of the sign step 1 / iters.", default=None)
     minmax_lr: float | None = _help("Rate of the scales, default the rounding's, less at more bits.", default=None)
+    enable_adam: bool = _help("Tune by Adam; False: by the gradient's sign, farther from the float model.", default=True)
     momentum: float = _help("Momentum of the sign step.", default=0.0)
-    enable_adam: bool = _help("Adam in place of the sign step: closer to the float model, for more memory.", default=False)
     enable_minmax_tuning: bool = _help("Tune scales as well as rounding.", default=True)
     enable_norm_bias_tuning: bool = _help("Tune norm weights and biases as well.", default=True)
     enable_quanted_input: bool = _help("Tune each block on what the quantized blocks before it produce.", default=True)
@@ -168,6 +167,11 @@ class RoundingArguments:
             raise UnknownName(f"residence={self.residence!r}: it is {', '.join(get_args(Residence))}{near}")
         if not 0 <= self.momentum < 1:
             raise AutoRoundError(f"momentum={self.momentum!r}: it has to be from 0 to below 1")
+        if self.momentum and self.enable_adam:
+            raise AutoRoundError(
+                f"momentum={self.momentum!r}: it belongs to the sign step, and Adam has its own; "
+                "add enable_adam=False to tune by the sign"
+            )
 
     @property
     def algorithm(self) -> Algorithm:

@@ -3,8 +3,8 @@
 
 A smaller error of a block's output is often not a better model; a smaller KL divergence of the predictions is. So the
 tunables of every block (the same that block tuning moves) follow the gradient of the KL divergence to the float model by
-Adam (https://arxiv.org/abs/1412.6980). The sign of one step's gradient, which serves a block well, is mostly noise here, from
-few samples and from all other blocks' rounding on the move: a code that hardly matters should not walk as far as one that does.
+Adam (https://arxiv.org/abs/1412.6980). The sign of one step's gradient is mostly noise, from few samples and here from all other
+blocks' rounding on the move: a code that hardly matters should not walk as far as one that does.
 Relatives: SignRound (https://arxiv.org/abs/2309.05516) for what is tuned, EfficientQAT (https://arxiv.org/abs/2407.11062)
 for tuning end to end, there with the codes frozen.
 
@@ -26,12 +26,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 
 from hf_autoround.errors import CalibrationError
 from hf_autoround.numerics import Tunables
+from hf_autoround.tuning.optimizers import adam_
 from hf_autoround.tuning.samples import batches, split
-from hf_autoround.tuning.task import ADAM_BETAS, ADAM_EPS, BlockResult, TunableWeight
+from hf_autoround.tuning.task import BlockResult, TunableWeight
 
 
 @dataclass(frozen=True)
@@ -126,15 +126,7 @@ class LearnedBlock:
             self._adam(f"{name}:norm", gradients[name].float(), settings.norm_lr * size * left**2, step)
 
     def _adam(self, key: str, gradient: Tensor, lr: float, step: int) -> None:
-        kept = self.state[f"{key}:first"], self.state[f"{key}:second"]
-        first, second = (moment.float() for moment in kept)
-        adam(  # the fused kernel takes memory as it lies
-            [self.state[key]], [gradient.contiguous()], [first], [second], [],
-            [torch.tensor(float(step), dtype=torch.float32, device=gradient.device)], fused=True,
-            amsgrad=False, beta1=ADAM_BETAS[0], beta2=ADAM_BETAS[1], lr=lr, weight_decay=0.0, eps=ADAM_EPS, maximize=False,
-        )  # fmt: skip
-        for moment, value in zip(kept, (first, second), strict=True):
-            moment.copy_(value)
+        adam_(self.state[key], gradient, (self.state[f"{key}:first"], self.state[f"{key}:second"]), lr, step)
 
     def _shipped(self, norm: str) -> Tensor:
         return self.state[f"{norm}:norm"].to(self.stored_dtype)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SignRound: rounding and scales tuned by the sign of their gradient, block by block (https://arxiv.org/abs/2309.05516).
+"""SignRound: rounding and scales tuned by their gradient, block by block (https://arxiv.org/abs/2309.05516).
 
-The start is optimized round to nearest. Three choices differ from the paper's code: the best step is chosen on a fixed set
-of samples, the start among the candidates, so tuning never ends worse than it began on what it measures; the norm weights may
-move too; and the last block is given the KL divergence of the predictions as its error, not that of its output.
+The start is optimized round to nearest. Four choices differ from the paper's code: Adam moves what is learned, by default, and
+not the sign of the gradient; the best step is chosen on a fixed set of samples, the start among the candidates, so tuning never
+ends worse than it began on what it measures; the norm weights may move too; and the last block is given the KL divergence of
+the predictions as its error, not that of its output.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from hf_autoround.numerics import Tunables
 from hf_autoround.tuning.opt_rtn import searched
+from hf_autoround.tuning.optimizers import ADAM_EPS, Adam, SignSGD
 from hf_autoround.tuning.samples import batches, split
-from hf_autoround.tuning.task import ADAM_BETAS, ADAM_EPS, BlockResult, BlockTask, OnStep, TuningSettings
+from hf_autoround.tuning.task import BlockResult, BlockTask, OnStep, TuningSettings
 
 
 def sign_round(task: BlockTask, settings: TuningSettings, on_step: OnStep) -> BlockResult:
@@ -50,7 +52,7 @@ class _State:
         self.task, self.settings = task, settings
         self.groups = {name: weight.groups() for name, weight in task.weights.items()}
         self.tunables: dict[str, Tunables] = {}
-        self.lr = settings.lr if settings.lr is not None else 1 / settings.iters
+        self.lr = settings.rate
         by_rate: dict[float, list[Tensor]] = {}
         for name, weight in task.weights.items():
             start = searched(weight, task.importance.get(name))
@@ -69,9 +71,7 @@ class _State:
             self.norms = {name: norm.detach().float().clone().requires_grad_() for name, norm in task.norms.items()}
         groups = [{"params": tensors, "lr": lr} for lr, tensors in by_rate.items()]
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Adam(groups, betas=ADAM_BETAS, eps=ADAM_EPS)
-            if settings.enable_adam
-            else SignSGD(groups, settings.momentum)
+            Adam(groups) if settings.enable_adam else SignSGD(groups, settings.momentum)
         ]
         if self.norms:
             # relative to their size: some models store norm weights around 1, some around 0, and biases are anything
@@ -125,25 +125,6 @@ class _State:
 
     def _as_shipped(self, norm: Tensor) -> Tensor:
         return norm.to(self.task.stored_dtype)
-
-
-class SignSGD(torch.optim.Optimizer):
-    """p <- p - lr * sign(g), g smoothed by momentum (https://arxiv.org/abs/1802.04434)."""
-
-    def __init__(self, params: list[dict], momentum: float = 0.0) -> None:
-        super().__init__(params, {"lr": 0.0, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                gradient = parameter.grad
-                if gradient is None:
-                    continue
-                if group["momentum"]:
-                    smooth = self.state[parameter].setdefault("momentum", torch.zeros_like(gradient))
-                    gradient = smooth.mul_(group["momentum"]).add_(gradient)
-                parameter.sub_(gradient.sign(), alpha=group["lr"])
 
 
 @torch.no_grad()

@@ -133,8 +133,8 @@ def test_a_callback_can_end_a_block_early(tiny_model, tmp_path):
     "arguments",
     [
         {"nblocks": 2},
-        {"momentum": 0.9},
-        {"enable_adam": True},
+        {"enable_adam": False, "momentum": 0.9},
+        {"enable_adam": False},
         {"enable_minmax_tuning": False},
         {"enable_norm_bias_tuning": False},
         {"enable_quanted_input": False},
@@ -206,8 +206,13 @@ def with_an_idle_expert(tiny_model, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"iters": 0}, {"iters": 6}, {"iters": 6, "enable_adam": True}, {"iters": 6, "momentum": 0.9, "sym": False}],
-    ids=["searched", "tuned", "adam", "momentum, zero points"],
+    [
+        {"iters": 0},
+        {"iters": 6},
+        {"iters": 6, "enable_adam": False},
+        {"iters": 6, "enable_adam": False, "momentum": 0.9, "sym": False},
+    ],
+    ids=["searched", "tuned", "by the sign", "momentum, zero points"],
 )
 def test_an_expert_that_no_token_reaches_is_rounded_to_nearest(arguments, with_an_idle_expert, tmp_path):
     shared = {"scheme": "W3A16", **arguments}
@@ -301,6 +306,7 @@ def test_mistakes_are_answered_before_any_work(tiny_model, tmp_path):
         ({"iters": -1}, "iters=-1: it has to be a whole number, 0 or more"),
         ({"lr": 0.0}, r"lr=0\.0: a rate has to be above 0"),
         ({"momentum": 1.0}, r"momentum=1\.0"),
+        ({"momentum": 0.9}, r"momentum=0\.9: it belongs to the sign step, .* add enable_adam=False"),
         ({"nblocks": 0}, "nblocks=0"),
     ],
 )
