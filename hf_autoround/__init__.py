@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AutoRound for the Hugging Face stack: weight rounding tuned by sign gradient descent.
+"""AutoRound for the Hugging Face stack: weight rounding tuned by gradient descent.
 
 Importing this package takes milliseconds; it registers itself with transformers and PEFT when they are used. The public
 names are loaded when they are first asked for.

@@ -17,7 +17,7 @@ from hf_autoround.cli.turns import several, wait_for_turn
 from hf_autoround.errors import AutoRoundError
 
 _COMMANDS = ("quantize", "list", "demo")
-_DESCRIPTION = "Quantize language models to 2, 3, 4 or 8 bits with rounding tuned by sign gradient descent."
+_DESCRIPTION = "Quantize language models to 2, 3, 4 or 8 bits with rounding tuned by gradient descent."
 _EPILOG = """commands:
   hf-autoround --model MODEL --scheme W4A16 --output_dir OUT    quantize (the word `quantize` may stand first)
   hf-autoround list formats | schemes | backends                what there is
