@@ -3,7 +3,7 @@
 
 A data type subclasses `Tunables` and says of each tensor whether it is learned and at which of the two rates. Neutral
 tunables are round to nearest; tunables found by search are optimized round to nearest; tunables moved by their
-gradient's sign are SignRound. The function that applies them is the same.
+gradient are SignRound. The function that applies them is the same.
 """
 
 from __future__ import annotations

@@ -78,7 +78,9 @@ class RoundingArguments:
     )
     lr: float | None = _help("Rate of the rounding, default 0.2 / sqrt(iters), of the sign step 1 / iters.", default=None)
     minmax_lr: float | None = _help("Rate of the scales, default the rounding's, less at more bits.", default=None)
-    enable_adam: bool = _help("Tune by Adam; False: by the gradient's sign, farther from the float model.", default=True)
+    enable_adam: bool = _help(
+        "Move rounding and scales by Adam; False: by the gradient's sign, farther from the float model.", default=True
+    )
     momentum: float = _help("Momentum of the sign step.", default=0.0)
     enable_minmax_tuning: bool = _help("Tune scales as well as rounding.", default=True)
     enable_norm_bias_tuning: bool = _help("Tune norm weights and biases as well.", default=True)
@@ -167,7 +169,7 @@ class RoundingArguments:
             raise UnknownName(f"residence={self.residence!r}: it is {', '.join(get_args(Residence))}{near}")
         if not 0 <= self.momentum < 1:
             raise AutoRoundError(f"momentum={self.momentum!r}: it has to be from 0 to below 1")
-        if self.momentum and self.enable_adam:
+        if self.momentum and self.enable_adam and self.iters:
             raise AutoRoundError(
                 f"momentum={self.momentum!r}: it belongs to the sign step, and Adam has its own; "
                 "add enable_adam=False to tune by the sign"

@@ -97,6 +97,8 @@ class Run:
                 "end_to_end_steps", "end_to_end_lr",
             )
         }  # fmt: skip
+        if args.iters:
+            tuning["rate"] = args.tuning().rate
         return {
             "version": __version__,
             "torch": torch.__version__,

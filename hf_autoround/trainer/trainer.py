@@ -207,8 +207,10 @@ class RoundingTrainer:
         args = self.args
         recipe: dict[str, Any] = {"algorithm": args.algorithm}
         if args.algorithm == "sign_round":
-            keys = ("iters", "lr", "minmax_lr", "batch_size", "gradient_accumulate_steps", "nblocks", "enable_norm_bias_tuning")
-            recipe |= {key: getattr(args, key) for key in keys if getattr(args, key) not in (None, False)}
+            by = "Adam" if args.enable_adam else f"sign of the gradient, momentum {args.momentum}"
+            recipe |= {"iters": args.iters, "optimizer": by, "lr": args.tuning().rate}
+            keys = ("minmax_lr", "batch_size", "gradient_accumulate_steps", "nblocks", "enable_norm_bias_tuning")
+            recipe |= {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
         if args.end_to_end_steps:
             settings = args.end_to_end(len(run.parts.block_names))
             recipe |= {"end_to_end_steps": settings.steps, "end_to_end_lr": settings.lr, "batch_size": settings.batch_size}

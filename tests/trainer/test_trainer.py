@@ -252,6 +252,26 @@ def test_datasets_and_names_are_taken(tiny_model, tmp_path):
     assert "4 x 16 tokens of a Dataset" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"iters": 4}, ["| optimizer | Adam |", "| lr | 0.1 |"]),
+        (
+            {"iters": 4, "enable_adam": False, "momentum": 0.5, "enable_norm_bias_tuning": False},
+            ["| optimizer | sign of the gradient, momentum 0.5 |", "| lr | 0.25 |", "| enable_norm_bias_tuning | False |"],
+        ),
+    ],
+    ids=["default", "sign"],
+)
+def test_the_model_card_says_how_tunables_were_moved(arguments, said, tiny_model, tmp_path):
+    run = trainer(str(tiny_model("llama")), tmp_path / "out", logging_steps=1, **arguments)
+    run.train()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(part in card for part in said)
+    rates = [entry["learning_rate"] for entry in run.state.log_history if "learning_rate" in entry]
+    assert f"| lr | {rates[0]} |" in card and rates[1] == pytest.approx(rates[0] * 3 / 4)
+
+
 def test_the_model_card_says_how_it_was_made(tiny_model, tmp_path):
     trainer(str(tiny_model("llama")), tmp_path / "out", seed=5).train()
     card = (tmp_path / "out" / "README.md").read_text()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_autoround import RoundingArguments
+from hf_autoround.tuning import optimizers
 from hf_autoround.tuning.optimizers import ADAM_BETAS, ADAM_EPS, Adam, SignSGD
 
 
@@ -34,6 +35,13 @@ def test_moments_in_bfloat16_walk_where_those_in_float32_do(gradients):
 def test_adam_does_not_see_how_small_gradients_are(gradients):
     tiny = [gradient * 2.0**-40 for gradient in gradients]
     assert torch.allclose(walked(Adam, gradients), walked(Adam, tiny), rtol=1e-3)
+
+
+def test_without_a_fused_kernel_the_steps_are_the_same(gradients, monkeypatch):
+    fused = walked(Adam, gradients)
+    plain = optimizers.adam
+    monkeypatch.setattr(optimizers, "adam", lambda *args, **kwargs: plain(*args, **{**kwargs, "fused": False}))
+    assert torch.allclose(fused, walked(Adam, gradients), rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("optimizer_of", [Adam, SignSGD], ids=["adam", "sign"])
