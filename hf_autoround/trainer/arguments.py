@@ -172,7 +172,7 @@ class RoundingArguments:
         if self.momentum and self.enable_adam and self.iters:
             raise AutoRoundError(
                 f"momentum={self.momentum!r}: it belongs to the sign step, and Adam has its own; "
-                "add enable_adam=False to tune by the sign"
+                "add enable_adam=False (--no-enable_adam) to tune by the sign"
             )
 
     @property
