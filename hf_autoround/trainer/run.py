@@ -92,13 +92,12 @@ class Run:
         tuning = {
             name: getattr(args, name)
             for name in (
-                "iters", "lr", "minmax_lr", "momentum", "enable_adam", "enable_minmax_tuning", "enable_norm_bias_tuning",
+                "iters", "minmax_lr", "momentum", "enable_adam", "enable_minmax_tuning", "enable_norm_bias_tuning",
                 "enable_quanted_input", "disable_opt_rtn", "nblocks", "batch_size", "gradient_accumulate_steps",
                 "end_to_end_steps", "end_to_end_lr",
             )
         }  # fmt: skip
-        if args.iters:
-            tuning["rate"] = args.tuning().rate
+        tuning["lr"] = args.tuning().rate if args.iters else args.lr
         return {
             "version": __version__,
             "torch": torch.__version__,

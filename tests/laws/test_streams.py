@@ -190,7 +190,9 @@ def test_a_callback_can_stop_a_run_that_goes_on_later(tiny_model, tmp_path):
     [
         ({"scheme": "W3A16"}, "scheme was"),
         ({"seed": 7}, "seed was 42 and is 7"),
-        ({"iters": 4}, "iters was 3 and is 4"),
+        ({"iters": 4}, r"iters was 3 and is 4; lr was 0\.115\d* and is 0\.1\."),
+        ({"lr": 0.05}, r"lr was 0\.115\d* and is 0\.05"),
+        ({"enable_adam": False}, r"enable_adam was .*; lr was 0\.115\d* and is 0\.333"),
         ({"dataset": tokens(12)}, "dataset was"),
         ({"model": "qwen3"}, "model was"),
         ({"layer_config": {"q_proj": {"bits": 8}}}, "layers was"),
