@@ -10,11 +10,14 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from hf_autoround.numerics.quantized import QuantizedTensor
+from hf_autoround.numerics.quantized import QuantizedTensor, dequantize
 from hf_autoround.numerics.tunables import Tunables
 from hf_autoround.scheme import ActivationSpec, PerChannel, PerGroup, PerTensor, TensorSpec
+
+_BEHIND = 0.1  # steps: .02 and .3 were no better end to end
 
 
 class DataType(Protocol):
@@ -72,8 +75,14 @@ class DataType(Protocol):
         ...
 
     @abstractmethod
-    def resumed(self, groups: Tensor, spec: TensorSpec, frozen: QuantizedTensor) -> Tunables:
+    def with_scales(self, groups: Tensor, spec: TensorSpec, frozen: QuantizedTensor) -> Tunables:
         """Return the tunables that round `groups` to nearest with the scales of numbers that were frozen."""
+        ...
+
+    @abstractmethod
+    def steps(self, groups: Tensor, aims: Tensor, spec: TensorSpec, tunables: Any) -> Tensor:
+        """Return how far from `groups` the values `aims` are (both (..., O, G, S)), in steps of the grid: the unit of what is
+        added before rounding."""
         ...
 
     @abstractmethod
@@ -85,6 +94,20 @@ class DataType(Protocol):
     def quantize(self, groups: Tensor, spec: TensorSpec, tunables: Any) -> QuantizedTensor:
         """Return the grid values of `groups` (..., O, G, S) under `tunables`, differentiable in what is learned."""
         ...
+
+    def resumed(self, groups: Tensor, spec: TensorSpec, frozen: QuantizedTensor) -> Tunables:
+        """Return the tunables that give the numbers that were frozen, or next to them where no rounding within half a step does.
+
+        Whatever was not rounded to nearest comes to lie a little behind the middle between two numbers, so that tuning can
+        take it back.
+        """
+        tunables = self.with_scales(groups, spec, frozen)
+        elements, rounding = frozen.elements.float(), torch.zeros_like(groups)
+        away = self.steps(groups, dequantize(frozen), spec, tunables)
+        for reach in (away - away.sign() * (0.5 - _BEHIND), away):  # the second where the grid's steps change between the two
+            other = self.quantize(groups, spec, tunables.with_learned({"rounding": rounding})).elements != elements
+            rounding = torch.where(other, reach.clamp(-0.5, 0.5), rounding)
+        return tunables.with_learned({"rounding": rounding})
 
     @abstractmethod
     def freeze(self, quantized: QuantizedTensor, spec: TensorSpec) -> QuantizedTensor:

@@ -1,25 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounding whose errors cancel along given input directions.
+"""Rounding whose errors cancel in a layer's outputs: GPTQ (https://arxiv.org/abs/2210.17323).
 
-Rounding to nearest is best for inputs that point anywhere. Where some directions matter more than others (those that an
-adapter reads), a row's error along them can be made to vanish at the price of a little more error elsewhere: each column
-is rounded after it has made good its share of what the columns before it got wrong. It is GPTQ
-(https://arxiv.org/abs/2210.17323) with the Hessian 1 + `_WEIGHT` times the projection on the directions, whose low rank
-replaces the Cholesky factor of an I x I matrix by a solve of R x R.
+Rounding to nearest is best for inputs that point anywhere. Where some directions matter more than others, a row's error
+along them can be made small at the price of a little more error elsewhere: each column is rounded after it has made good
+its share of what the columns before it got wrong. Two Hessians: that of inputs that were seen (`feedback`), for any data
+type; and, for integers onto which an adapter is merged, 1 + `_WEIGHT` times the projection on the directions that it reads,
+whose low rank replaces the Cholesky factor of an I x I matrix by a solve of R x R.
 
-Shapes: O out features, I in features, G groups, S group size, R directions.
+Shapes: E experts, O out features, I in features, G groups, S group size, R directions or sampled inputs, K columns of a span.
 """
 
-from dataclasses import replace
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_autoround.numerics.base import DataType
 from hf_autoround.numerics.integer import grid
 from hf_autoround.numerics.quantized import QuantizedTensor, dequantize
+from hf_autoround.numerics.tunables import Tunables
 from hf_autoround.scheme import TensorSpec
 
+SPAN = 4096  # columns that share their errors, at most: a factor of so many rows and columns has to be held
+_DAMPING = 0.1  # of the mean squared input, for directions that too few rows show
+_TOGETHER = 64  # columns after which those far behind are told of the errors
 _WEIGHT = 100.0  # how much more an error along the directions counts
 
 
@@ -46,3 +54,69 @@ def round_with_feedback(weight: Tensor, quantized: QuantizedTensor, spec: Tensor
         ahead.addr_(basis[column], basis[column], alpha=-_WEIGHT)
     elements = F.pad(codes.t(), (0, -codes.shape[0] % size)).unflatten(-1, (-1, size))
     return replace(quantized, elements=elements.to(quantized.elements.dtype))
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """How the errors of a span of columns are shared out: columns are rounded in the `order` (K,), and each leaves `shares`
+    ([E,] K, K), a row for each, of its error to those that come later."""
+
+    order: Tensor
+    shares: Tensor
+
+
+@torch.no_grad()
+def feedback(inputs: Sequence[Tensor], span: int = SPAN) -> list[Feedback]:
+    """Return how errors are shared out so that the outputs on `inputs` change little, for each span of columns.
+
+    `inputs` are one (R, I), or one for each expert of fused ones, whose columns then have one order. The columns with the largest
+    inputs come first. Without any inputs nothing is shared: that is rounding to nearest.
+    """
+    found = []
+    for begin in range(0, inputs[0].shape[-1], span):
+        columns = [rows[:, begin : begin + span].float() for rows in inputs]
+        hessian = torch.stack([(rows.t() @ rows).div_(max(1, len(rows))) for rows in columns])
+        size = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        hessian.div_(size.where(size > 0, 1.0))
+        order = hessian.diagonal(dim1=-2, dim2=-1).sum(0).argsort(descending=True)
+        backwards = order.flip(0)
+        hessian = hessian[:, backwards[:, None], backwards].double()
+        hessian.diagonal(dim1=-2, dim2=-1).add_(torch.where(size[..., 0] > 0, _DAMPING, 1.0))
+        # H = V V' with V upper triangular; its inverse is what GPTQ takes from a factor of H's inverse
+        upper = torch.linalg.cholesky(hessian).flip(-2, -1)
+        eye = torch.eye(len(order), dtype=upper.dtype, device=upper.device).expand_as(upper)
+        factor = torch.linalg.solve_triangular(upper, eye, upper=True)
+        shares = (factor / -factor.diagonal(dim1=-2, dim2=-1)[..., None]).float()
+        found.append(Feedback(order, shares if len(inputs) > 1 else shares[0]))
+    return found
+
+
+@torch.no_grad()
+def rounded_with_feedback(
+    numbers: DataType, groups: Tensor, spec: TensorSpec, tunables: Tunables, spans: Sequence[Feedback]
+) -> Tunables:
+    """Return `tunables` for the groups ([E,] O, G, S) with a rounding that lets errors cancel.
+
+    No number moves farther than to the next but nearest one: what rounding within half a step can reach.
+    """
+    weight, rounding, size = groups.flatten(-2), torch.zeros_like(groups), groups.shape[-1]
+    parts = [tunables.group(place) for place in range(groups.shape[-2])]
+    begin = 0
+    for span in spans:
+        order = [begin + column for column in span.order.tolist()]
+        aims = weight[..., order].mT.contiguous()  # ([E,] K, O)
+        for first in range(0, len(order), _TOGETHER):
+            behind = min(first + _TOGETHER, len(order))
+            wrong = torch.empty_like(aims[..., first:behind, :])
+            for place in range(first, behind):
+                column, aim = order[place], aims[..., place, :]
+                exact, part = weight[..., column, None, None], parts[column // size]
+                steps = numbers.steps(exact, aim[..., None, None], spec, part).clamp_(-0.5, 0.5)
+                rounding[..., column // size, column % size] = steps[..., 0, 0]
+                values = dequantize(numbers.quantize(exact, spec, part.with_learned({"rounding": steps})))
+                wrong[..., place - first, :] = aim - values[..., 0, 0]
+                shares = span.shares[..., place, place + 1 : behind, None]
+                aims[..., place + 1 : behind, :].addcmul_(shares, wrong[..., place - first, None, :])
+            aims[..., behind:, :] += span.shares[..., first:behind, behind:].mT @ wrong
+        begin += len(order)
+    return tunables.with_learned({"rounding": rounding})

@@ -101,16 +101,25 @@ class FloatType(DataType):
             return f"{spec.data_type} has no zero points (sym=False)"
         return refuse_ragged(spec, columns, may_be_short=spec.bits == 8 and spec.data_type == "fp")
 
-    def resumed(self, groups: Tensor, spec: TensorSpec, frozen: QuantizedTensor) -> FloatTunables:
+    def with_scales(self, groups: Tensor, spec: TensorSpec, frozen: QuantizedTensor) -> FloatTunables:
         """Return the tunables that round `groups` to nearest with the scales of numbers that were frozen."""
         return self._tunables(groups, dequantize(frozen.scale), frozen.divisor)
 
+    def steps(self, groups: Tensor, aims: Tensor, spec: TensorSpec, tunables: FloatTunables) -> Tensor:
+        """Return how far from `groups` the values `aims` are, in steps that the grid has at `groups`."""
+        _, whole = self._scales(spec, tunables)
+        return (aims - groups) / (whole * self.grid(spec).step(groups / whole))
+
     def quantize(self, groups: Tensor, spec: TensorSpec, tunables: FloatTunables) -> QuantizedTensor:
         """Return the grid values of `groups` (..., G, S) under `tunables`, differentiable in what is learned."""
-        scale = self.effective_scale(tunables.start if tunables.scale is None else tunables.start * tunables.scale, spec)
-        whole = scale if tunables.divisor is None else scale * (1 / tunables.divisor)
+        scale, whole = self._scales(spec, tunables)
         elements = _ToGrid.apply(groups, whole, tunables.rounding, self.grid(spec))
         return QuantizedTensor(elements, scale, divisor=tunables.divisor)
+
+    def _scales(self, spec: TensorSpec, tunables: FloatTunables) -> tuple[Tensor, Tensor]:
+        """Return the scales as they are stored, and what an element is multiplied with."""
+        scale = self.effective_scale(tunables.start if tunables.scale is None else tunables.start * tunables.scale, spec)
+        return scale, scale if tunables.divisor is None else scale * (1 / tunables.divisor)
 
     def freeze(self, quantized: QuantizedTensor, spec: TensorSpec) -> QuantizedTensor:
         """Return what ships: elements of a byte, which holds every grid here; float32 scales."""

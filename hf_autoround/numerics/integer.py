@@ -91,10 +91,14 @@ class Integer(DataType):
             found.append(self.search(groups, spec, importance))
         return [*found, self._searched(groups, spec, None, signs=(1.0,)), self.neutral(groups, spec)]
 
-    def resumed(self, groups: Tensor, spec: TensorSpec, frozen: QuantizedTensor) -> IntegerTunables:
+    def with_scales(self, groups: Tensor, spec: TensorSpec, frozen: QuantizedTensor) -> IntegerTunables:
         """Return the tunables that round `groups` to nearest with the scales of numbers that were frozen."""
         zero_point = None if frozen.zero_point is None else frozen.zero_point.float()
         return _tunables(groups, dequantize(frozen.scale), zero_point)
+
+    def steps(self, groups: Tensor, aims: Tensor, spec: TensorSpec, tunables: IntegerTunables) -> Tensor:
+        """Return how far from `groups` the values `aims` are, in steps of the grid."""
+        return (aims - groups) / effective_scale(tunables.start * tunables.scale)
 
     def _searched(self, groups: Tensor, spec: TensorSpec, importance: Tensor | None, signs: tuple[float, ...]) -> IntegerTunables:
         neutral = self.neutral(groups, spec)

@@ -45,9 +45,14 @@ class Tunables:
         """Return tunables with these tensors; what is not among them is None."""
         return cls(**{part.name: tensors.get(part.name) for part in fields(cls)})
 
-    def with_learned(self, tensors: dict[str, Tensor]) -> Tunables:
+    def with_learned(self, tensors: Mapping[str, Tensor]) -> Tunables:
         """Return a copy with these tensors in place of its own."""
         return replace(self, **tensors)
+
+    def group(self, place: int) -> Tunables:
+        """Return those of one group of each row, (..., G, .) -> (..., 1, .)."""
+        parts = {name: tensor.narrow(-2, place, 1) if tensor.shape[-2] > 1 else tensor for name, tensor in self.tensors().items()}
+        return replace(self, **parts)
 
     def where(self, chosen: Tensor, other: Tunables) -> Tunables:
         """Return a copy that takes from `other` the groups where `chosen` (..., G) is true."""

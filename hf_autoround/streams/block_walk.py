@@ -85,6 +85,7 @@ class BlockWalk:
     def __init__(self, model: PlannedModel, batch_size: int, settings: StreamSettings, tunes: bool = True) -> None:
         lazy, parts, plan = model.lazy, model.parts, model.plan
         # where nothing is tuned on the quantized chain's inputs, nobody asks what the float model's outputs are
+        self.tunes = tunes
         self.chain_alone = settings.quantized_inputs and not tunes
         self.lazy, self.parts, self.plan, self.settings = lazy, parts, plan, settings
         self.processes, self.samples = settings.processes, len(model.tokens)
@@ -132,7 +133,7 @@ class BlockWalk:
 
     def advance_float(self, runner: BlockRunner, watch: bool) -> InputStatistics:
         """Compute the float outputs, if there are to be any, and what the weights see on the quantized chain."""
-        statistics = InputStatistics()
+        statistics = InputStatistics(sampling=not self.tunes)
         self.targets: Tensor | None = None
         if self.chain_alone:
             if watch:
@@ -162,7 +163,7 @@ class BlockWalk:
         in all processes' batches is added to `statistics` in the order of the samples."""
         weights = {name: (tensor, transposed) for name, tensor, transposed in self.weights(runner)}
         for indices in self.share.batches():
-            seen = InputStatistics()
+            seen = InputStatistics(sampling=statistics.sampling)
             if len(indices):
                 with watch_inputs(weights, seen):
                     take(runner(self.inputs[indices], indices, {}))

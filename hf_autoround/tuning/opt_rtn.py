@@ -1,29 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimized round to nearest: the scales that hurt a layer's output least.
+"""Optimized round to nearest: the scales, and then the rounding, that hurt a layer's output least. No gradients.
 
 Search weighs each weight's error by how large its input is (the diagonal of the layer's Hessian, as in llama.cpp's
 importance matrix). That ignores how the errors of a row add up, so several candidates are kept for each group, and the
-groups then choose among them, one after the other, by the error of the row's output on sampled inputs.
+groups then choose among them, one after the other, by the error of the row's output on sampled inputs. Under the scales
+that were chosen, each weight is rounded such that it makes good what those before it got wrong (GPTQ).
 
 Experts that saw no token are rounded to nearest: nothing says which of their weights matter.
 
-Shapes: E experts, O out features, I in features, G groups, S group size, R sampled input rows, C candidates.
+Shapes: E experts, O out features, I in features, G groups, S group size, R sampled input rows, C candidates, K columns that
+share their errors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from hf_autoround.layers.sites import QuantizedLayer
 from hf_autoround.numerics import Tunables, dequantize
+from hf_autoround.numerics.feedback import SPAN, feedback, rounded_with_feedback
 from hf_autoround.numerics.grouping import group, rows_together
-from hf_autoround.tuning.rtn import by_rows
+from hf_autoround.tuning.rtn import by_experts, by_rows
 from hf_autoround.tuning.task import BlockResult, BlockTask, OnStep, TunableWeight, TuningSettings
 
 _CHUNK = 1 << 22  # elements decided at once: every candidate costs a float32 copy of them
+_FACTORS = 1 << 25  # elements of (E, K, K) held at once, in float64
+_CHOOSING = 512  # rows of inputs by which groups choose
 _SWEEPS = 3
 
 
@@ -41,8 +48,28 @@ def optimized_round_to_nearest(task: BlockTask, settings: TuningSettings, on_ste
     for name, weight in task.weights.items():
         squares, inputs = task.importance.get(name), task.inputs.get(name, ())
         weight = _with_range(weight, squares)
-        layers[name] = by_rows(weight, lambda rows, squares=squares, inputs=inputs: _chosen(rows, squares, inputs), _CHUNK)
+        layers[name] = by_experts(weight, _experts_together(inputs), partial(_optimized, squares=squares, inputs=inputs))
     return BlockResult(layers)
+
+
+def _experts_together(inputs: Sequence[Tensor]) -> int:
+    """Return for how many experts the factors of their Hessians are held at once."""
+    columns = min(SPAN, inputs[0].shape[-1]) if inputs else 1
+    return max(1, _FACTORS // columns**2)
+
+
+def _optimized(weight: TunableWeight, experts: slice, squares: Tensor | None, inputs: Sequence[Tensor]) -> QuantizedLayer:
+    """Return a weight, or some `experts` of one, with the scales and the rounding that are best for its inputs."""
+    if weight.parameter.ndim == 3:
+        squares, inputs = None if squares is None else squares[experts], inputs[experts]
+    inputs = [rows.to(weight.parameter.device) for rows in inputs]
+    spans = feedback(inputs) if inputs else []
+
+    def decide(rows: TunableWeight) -> Tunables:
+        chosen = _chosen(rows, squares, [every[:: len(every) // _CHOOSING | 1] for every in inputs])
+        return rounded_with_feedback(rows.data_type, rows.groups(), rows.spec, chosen, spans)
+
+    return by_rows(weight, decide, _CHUNK)
 
 
 def _importance(weight: TunableWeight, squares: Tensor | None) -> Tensor | None:

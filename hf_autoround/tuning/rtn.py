@@ -29,9 +29,21 @@ def by_rows(weight: TunableWeight, decide: Callable[[TunableWeight], Tunables], 
         part = TunableWeight(portion, False, weight.scheme, its_largest)
         parts.append(part.finished(decide(part)))
         sizes.append(portion.float().norm().item())
-    size = hypot(*sizes)
-    error = hypot(*(part.error * own for part, own in zip(parts, sizes, strict=True))) / size if size else 0.0
-    return QuantizedLayer(_join([part.tensor for part in parts]), parts[0].columns, weight.scheme, error, weight.static)
+    return _joined(weight, parts, sizes, dim=-3)
+
+
+def by_experts(weight: TunableWeight, together: int, decide: Callable[[TunableWeight, slice], QuantizedLayer]) -> QuantizedLayer:
+    """Return one parameter as `decide` makes it of some of its experts at a time, or of all of it where it has none."""
+    if weight.parameter.ndim < 3:
+        return decide(weight, slice(None))
+    parts, sizes = [], []
+    for begin in range(0, len(weight.parameter), together):
+        which = slice(begin, begin + together)
+        portion = weight.parameter[which]
+        largest = None if weight.largest is None else weight.largest[which]
+        parts.append(decide(TunableWeight(portion, weight.transposed, weight.scheme, largest), which))
+        sizes.append(portion.float().norm().item())
+    return _joined(weight, parts, sizes, dim=0)
 
 
 def nearest(weight: TunableWeight) -> QuantizedLayer:
@@ -44,7 +56,10 @@ def round_to_nearest(task: BlockTask, settings: TuningSettings, on_step: OnStep)
     return BlockResult({name: nearest(weight) for name, weight in task.weights.items()})
 
 
-def _join(parts: list[QuantizedTensor]) -> QuantizedTensor:
-    """Put rows ([E,] O, G, S) together again."""
-    pieces = [part.tensors() for part in parts]
-    return QuantizedTensor.of({name: torch.cat([piece[name] for piece in pieces], dim=-3) for name in pieces[0]})
+def _joined(weight: TunableWeight, parts: list[QuantizedLayer], sizes: list[float], dim: int) -> QuantizedLayer:
+    """Put portions ([E,] O, G, S) of a parameter together again; `sizes` are the norms of the float ones."""
+    pieces = [part.tensor.tensors() for part in parts]
+    tensor = QuantizedTensor.of({name: torch.cat([piece[name] for piece in pieces], dim=dim) for name in pieces[0]})
+    size = hypot(*sizes)
+    error = hypot(*(part.error * own for part, own in zip(parts, sizes, strict=True))) / size if size else 0.0
+    return QuantizedLayer(tensor, parts[0].columns, weight.scheme, error, weight.static)

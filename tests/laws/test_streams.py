@@ -121,7 +121,7 @@ WHOLE = (
     [
         ({"iters": 40}, BLOCKS),
         ({"iters": 0}, BLOCKS),
-        ({"iters": 0, "end_to_end_steps": 12, "save_steps": 4, "self_samples": 8}, WHOLE),
+        ({"iters": 0, "disable_opt_rtn": True, "end_to_end_steps": 12, "save_steps": 4, "self_samples": 8}, WHOLE),
     ],
     ids=["blocks", "opt_rtn", "end to end"],
 )
