@@ -24,7 +24,7 @@ _EPILOG = """commands:
   hf-autoround demo                                             train a tiny model, quantize it, compare
 
 recipes: hf-autoround, hf-autoround-best (5 times the steps), hf-autoround-light (a quarter of them),
-  hf-autoround-opt-rtn (scales searched, nothing tuned), hf-autoround-rtn (round to nearest, no data),
+  hf-autoround-opt-rtn (scales searched, errors cancelled, nothing tuned), hf-autoround-rtn (round to nearest, no data),
   hf-autoround-e2e (all blocks tuned together against the float model's predictions), -e2e-light, -e2e-best"""
 
 

@@ -72,7 +72,7 @@ class RoundingArguments:
     quant_lm_head: bool = _help("Quantize the output head too (not possible if it is tied to the embedding).", default=False)
     format: str = _help("Formats to write, comma-separated: `hf-autoround list formats`.", default="auto_round")
 
-    iters: int = _help("Tuning steps per block; 0 only searches scales (optimized round to nearest).", default=200)
+    iters: int = _help("Tuning steps per block; 0: scales searched, errors cancelled (optimized round to nearest).", default=200)
     disable_opt_rtn: bool = _help(
         "With iters 0: plain round to nearest, which needs no data (NVFP4 and FP8_STATIC do).", default=False
     )
