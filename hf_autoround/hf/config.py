@@ -33,7 +33,7 @@ class AutoRoundConfig(TransformersAutoRoundConfig):
 
     For a float checkpoint: `scheme` (a preset's name) with `bits`, `group_size` and `sym` to override it, `layer_config`,
     `ignore_layers` and `quant_lm_head` say what becomes of each layer. With `iters=0`, the default, each weight is rounded
-    to nearest as it streams in; with a `dataset` besides, scales are searched; with `iters` above 0 the loaded model is
+    to nearest as it streams in; with a `dataset` besides, optimized round to nearest; with `iters` above 0 the loaded model is
     tuned on `dataset`. Every other argument of RoundingArguments (`nsamples`, `seqlen`, `seed`, `lr`, ...) means here what
     it means there, but for those of the folder that a run writes; `tokenizer` is only needed if the model's folder has none.
 

@@ -30,14 +30,14 @@ def run_block(block: nn.Module, hidden: Tensor, args: tuple, kwargs: Mapping[str
 @dataclass
 class InputStatistics:
     """What each parameter was multiplied with: sums of squares ([E,] 1, I), the largest absolute value ([E,] 1), how many
-    rows (of each expert), and, if `sampling`, some of the rows, evenly spaced: `samples[name, expert]` (expert 0 where there
-    are none) is a list of (r, I)."""
+    rows (of each expert), and some of the rows, evenly spaced: `samples[name, expert]` (expert 0 where there are none) is a
+    list of (r, I). `kept` rows of each product at most, an eighth of that of each expert's."""
 
     squares: dict[str, Tensor] = field(default_factory=dict)
     largest: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     samples: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
-    sampling: bool = True
+    kept: int = 0
 
     def add(self, other: InputStatistics) -> None:
         """Take in what was seen after this."""
@@ -53,7 +53,7 @@ class InputStatistics:
         """Return the same in host memory."""
         squares, largest = ({name: tensor.cpu() for name, tensor in each.items()} for each in (self.squares, self.largest))
         samples = {place: [row.cpu() for row in rows] for place, rows in self.samples.items()}
-        return InputStatistics(squares, largest, self.rows, samples, self.sampling)
+        return InputStatistics(squares, largest, self.rows, samples, self.kept)
 
     def inputs(self, name: str) -> list[Tensor]:
         """Return the sampled rows (R, I) of a parameter, one tensor for each expert."""
@@ -89,13 +89,9 @@ class _InputWatcher(WatchProducts):
             total[at] += squares
             rows[at] += len(seen)
             largest[at] = torch.maximum(largest[at], precise.abs().max())
-        if self.statistics.sampling:
-            kept = _SAMPLES_EXPERT if leading else _SAMPLES
+        if kept := -(-self.statistics.kept // (8 if leading else 1)):
             # an odd step: one that divides the rows' length would take the same few positions of all, and first tokens are
             # unlike any
             step = -(-len(seen) // kept) | 1
             self.statistics.samples.setdefault((name, expert), []).append(seen[step // 2 :: step].clone())
         return inputs
-
-
-_SAMPLES, _SAMPLES_EXPERT = 256, 32  # rows kept of each product: a few thousand in all, a fraction of the activations

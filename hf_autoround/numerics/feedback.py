@@ -26,7 +26,7 @@ from hf_autoround.numerics.tunables import Tunables
 from hf_autoround.scheme import TensorSpec
 
 SPAN = 4096  # columns that share their errors, at most: a factor of so many rows and columns has to be held
-_DAMPING = 0.1  # of the mean squared input, for directions that too few rows show
+_DAMPING = 0.1  # of the mean squared input, and as many times that as rows are fewer than columns: chance is not to be fitted
 _TOGETHER = 64  # columns after which those far behind are told of the errors
 _WEIGHT = 100.0  # how much more an error along the directions counts
 
@@ -75,13 +75,15 @@ def feedback(inputs: Sequence[Tensor], span: int = SPAN) -> list[Feedback]:
     found = []
     for begin in range(0, inputs[0].shape[-1], span):
         columns = [rows[:, begin : begin + span].float() for rows in inputs]
-        hessian = torch.stack([(rows.t() @ rows).div_(max(1, len(rows))) for rows in columns])
+        hessian = torch.stack([rows.t() @ rows for rows in columns])
         size = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         hessian.div_(size.where(size > 0, 1.0))
-        order = hessian.diagonal(dim1=-2, dim2=-1).sum(0).argsort(descending=True)
+        order = hessian.diagonal(dim1=-2, dim2=-1).sum(0).argsort(descending=True, stable=True)
         backwards = order.flip(0)
-        hessian = hessian[:, backwards[:, None], backwards].double()
-        hessian.diagonal(dim1=-2, dim2=-1).add_(torch.where(size[..., 0] > 0, _DAMPING, 1.0))
+        precise = torch.float32 if hessian.device.type == "mps" else torch.float64
+        hessian = hessian[:, backwards[:, None], backwards].to(precise)
+        damping = [_DAMPING * max(1, len(order) / len(rows)) if len(rows) else 1.0 for rows in columns]
+        hessian.diagonal(dim1=-2, dim2=-1).add_(torch.tensor(damping, device=hessian.device)[:, None])
         # H = V V' with V upper triangular; its inverse is what GPTQ takes from a factor of H's inverse
         upper = torch.linalg.cholesky(hessian).flip(-2, -1)
         eye = torch.eye(len(order), dtype=upper.dtype, device=upper.device).expand_as(upper)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scale of least weighted error: optimized round to nearest, and the start of tuning.
+"""The scale of least weighted error: the first half of optimized round to nearest, and the start of tuning.
 
 For each group: try multiples of the range's scale, both signs where the grid is lopsided, then alternate between the
 codes for a scale and the least-squares scale for the codes. A closed-form refinement finds in a dozen candidates what a

@@ -2,8 +2,8 @@
 """What is learned about a weight: the base of every data type's own tunables.
 
 A data type subclasses `Tunables` and says of each tensor whether it is learned and at which of the two rates. Neutral
-tunables are round to nearest; tunables found by search are optimized round to nearest; tunables moved by their
-gradient are SignRound. The function that applies them is the same.
+tunables are round to nearest; tunables found by search and feedback are optimized round to nearest; tunables moved by
+their gradient are SignRound. The function that applies them is the same.
 """
 
 from __future__ import annotations

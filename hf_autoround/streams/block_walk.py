@@ -38,7 +38,8 @@ class StreamSettings:
     """How the blocks are walked: `nblocks` at a time, by which processes, on which devices, in which precision.
 
     `quantized_inputs`: each block is decided on what the quantized blocks before it produce. `keep_on_cpu`: activations
-    wait in host memory. `amp`: matrix products in bfloat16 where the hardware has it.
+    wait in host memory. `amp`: matrix products in bfloat16 where the hardware has it. `sampled_rows`: how many inputs of
+    each weight the algorithm asks for, in all batches.
     """
 
     nblocks: int = 1
@@ -48,6 +49,7 @@ class StreamSettings:
     quantized_inputs: bool = True
     keep_on_cpu: bool = False
     amp: bool = True
+    sampled_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,6 @@ class BlockWalk:
     def __init__(self, model: PlannedModel, batch_size: int, settings: StreamSettings, tunes: bool = True) -> None:
         lazy, parts, plan = model.lazy, model.parts, model.plan
         # where nothing is tuned on the quantized chain's inputs, nobody asks what the float model's outputs are
-        self.tunes = tunes
         self.chain_alone = settings.quantized_inputs and not tunes
         self.lazy, self.parts, self.plan, self.settings = lazy, parts, plan, settings
         self.processes, self.samples = settings.processes, len(model.tokens)
@@ -133,7 +134,8 @@ class BlockWalk:
 
     def advance_float(self, runner: BlockRunner, watch: bool) -> InputStatistics:
         """Compute the float outputs, if there are to be any, and what the weights see on the quantized chain."""
-        statistics = InputStatistics(sampling=not self.tunes)
+        batches = -(-self.samples // self.share.batch_size)
+        statistics = InputStatistics(kept=-(-self.settings.sampled_rows // batches))
         self.targets: Tensor | None = None
         if self.chain_alone:
             if watch:
@@ -163,7 +165,7 @@ class BlockWalk:
         in all processes' batches is added to `statistics` in the order of the samples."""
         weights = {name: (tensor, transposed) for name, tensor, transposed in self.weights(runner)}
         for indices in self.share.batches():
-            seen = InputStatistics(sampling=statistics.sampling)
+            seen = InputStatistics(kept=statistics.kept)
             if len(indices):
                 with watch_inputs(weights, seen):
                     take(runner(self.inputs[indices], indices, {}))

@@ -33,6 +33,7 @@ from hf_autoround.streams.shards import SourceKey, source_keys
 from hf_autoround.streams.shares import share_of
 from hf_autoround.trainer.arguments import RoundingArguments
 from hf_autoround.trainer.output import OutputFolder
+from hf_autoround.tuning import SAMPLED_ROWS
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ def prepare(
         quantized_inputs=args.enable_quanted_input,
         keep_on_cpu=args.low_gpu_mem_usage,
         amp=not args.disable_amp,
+        sampled_rows=SAMPLED_ROWS if args.algorithm == "opt_rtn" else 0,
     )
     return Run(args, lazy, parts, plan, keys, output, settings, processing_class, data, max_shard_size)
 

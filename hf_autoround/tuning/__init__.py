@@ -5,7 +5,7 @@ To add an algorithm: write `tuning/<name>.py` with a function `(task, settings, 
 ALGORITHMS.
 """
 
-from hf_autoround.tuning.opt_rtn import optimized_round_to_nearest
+from hf_autoround.tuning.opt_rtn import SAMPLED_ROWS, optimized_round_to_nearest
 from hf_autoround.tuning.rtn import round_to_nearest
 from hf_autoround.tuning.sign_round import sign_round
 from hf_autoround.tuning.task import BlockAlgorithm, BlockResult, BlockTask, TunableWeight, TuningSettings
@@ -16,4 +16,4 @@ ALGORITHMS: dict[str, BlockAlgorithm] = {
     "rtn": round_to_nearest,
 }
 
-__all__ = ["ALGORITHMS", "BlockAlgorithm", "BlockResult", "BlockTask", "TunableWeight", "TuningSettings"]
+__all__ = ["ALGORITHMS", "SAMPLED_ROWS", "BlockAlgorithm", "BlockResult", "BlockTask", "TunableWeight", "TuningSettings"]

@@ -30,6 +30,7 @@ from torch import Tensor
 from hf_autoround.errors import CalibrationError
 from hf_autoround.numerics import Tunables
 from hf_autoround.tuning.optimizers import adam_
+from hf_autoround.tuning.rtn import resumed
 from hf_autoround.tuning.samples import batches, split
 from hf_autoround.tuning.task import BlockResult, TunableWeight
 
@@ -141,7 +142,7 @@ def first_state(weights: Mapping[str, TunableWeight], norms: Mapping[str, Tensor
     """
     state: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        begun = result.tunables.get(name) or weight.data_type.resumed(weight.groups(), weight.spec, result.layers[name].tensor)
+        begun = result.tunables.get(name) or resumed(weight, result.layers[name].tensor)
         rates = begun.rates()
         for part, tensor in begun.tensors().items():
             key = f"{name}:{part}"

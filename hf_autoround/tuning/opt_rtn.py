@@ -25,11 +25,13 @@ from hf_autoround.layers.sites import QuantizedLayer
 from hf_autoround.numerics import Tunables, dequantize
 from hf_autoround.numerics.feedback import SPAN, feedback, rounded_with_feedback
 from hf_autoround.numerics.grouping import group, rows_together
-from hf_autoround.tuning.rtn import by_experts, by_rows
+from hf_autoround.tuning.rtn import by_experts, by_rows, joined_tunables, portions
 from hf_autoround.tuning.task import BlockResult, BlockTask, OnStep, TunableWeight, TuningSettings
 
-_CHUNK = 1 << 22  # elements decided at once: every candidate costs a float32 copy of them
-_FACTORS = 1 << 25  # elements of (E, K, K) held at once, in float64
+SAMPLED_ROWS = 4096  # inputs of each weight to ask for
+_CHUNK = 1 << 22  # elements whose scales are chosen at once: every candidate costs a float32 copy of them
+_ROUNDED = 1 << 26  # elements rounded at once: few copies of them, but every column of theirs is a step
+_FACTORS = 1 << 24  # elements of (E, K, K) for experts that are rounded at once (and share an order of columns)
 _CHOOSING = 512  # rows of inputs by which groups choose
 _SWEEPS = 3
 
@@ -43,7 +45,7 @@ def searched(weight: TunableWeight, squares: Tensor | None) -> Tunables:
 
 @torch.no_grad()
 def optimized_round_to_nearest(task: BlockTask, settings: TuningSettings, on_step: OnStep) -> BlockResult:
-    """Choose the scales of every weight of the block."""
+    """Choose the scales of every weight of the block, and round under them."""
     layers = {}
     for name, weight in task.weights.items():
         squares, inputs = task.importance.get(name), task.inputs.get(name, ())
@@ -65,11 +67,13 @@ def _optimized(weight: TunableWeight, experts: slice, squares: Tensor | None, in
     inputs = [rows.to(weight.parameter.device) for rows in inputs]
     spans = feedback(inputs) if inputs else []
 
+    fewer = [rows[:: -(-len(rows) // _CHOOSING) | 1] for rows in inputs]
+
     def decide(rows: TunableWeight) -> Tunables:
-        chosen = _chosen(rows, squares, [every[:: len(every) // _CHOOSING | 1] for every in inputs])
+        chosen = joined_tunables([_chosen(portion, squares, fewer) for portion in portions(rows, _CHUNK)])
         return rounded_with_feedback(rows.data_type, rows.groups(), rows.spec, chosen, spans)
 
-    return by_rows(weight, decide, _CHUNK)
+    return by_rows(weight, decide, _ROUNDED)
 
 
 def _importance(weight: TunableWeight, squares: Tensor | None) -> Tensor | None:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Round to nearest: neutral tunables. Needs no data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from math import hypot
 
 import torch
+from torch import Tensor
 
 from hf_autoround.layers.sites import QuantizedLayer, oriented
 from hf_autoround.numerics import QuantizedTensor, Tunables
@@ -14,21 +15,43 @@ from hf_autoround.tuning.task import BlockResult, BlockTask, OnStep, TunableWeig
 _CHUNK = 1 << 19  # elements decided at once: the scratch memory is a few copies of this many floats, and stays in the cache
 
 
-@torch.no_grad()
-def by_rows(weight: TunableWeight, decide: Callable[[TunableWeight], Tunables], chunk: int = _CHUNK) -> QuantizedLayer:
-    """Return one parameter under the tunables that `decide` gives for a few of its rows at a time: whole blocks of rows
-    where they share scales."""
+def portions(weight: TunableWeight, chunk: int) -> Iterator[TunableWeight]:
+    """Yield a parameter a few rows (`chunk` elements) at a time: whole blocks of rows where they share scales."""
     values, largest = oriented(weight.parameter, weight.transposed), weight.largest
     if largest is None and weight.data_type.shares_range(weight.spec):
         largest = values.abs().amax((-2, -1), keepdim=True).float()[..., None].expand(*values.shape[:-1], 1, 1)
     together = rows_together(weight.spec.granularity) or 1
     rows = max(1, chunk * values.shape[-2] // values.numel() // together) * together
     ranges = [None] * values.shape[-2] if largest is None else largest.split(rows, dim=-3)
-    parts, sizes = [], []
     for portion, its_largest in zip(values.split(rows, dim=-2), ranges, strict=False):
-        part = TunableWeight(portion, False, weight.scheme, its_largest)
+        yield TunableWeight(portion, False, weight.scheme, its_largest)
+
+
+def joined_tunables(parts: Sequence[Tunables]) -> Tunables:
+    """Put the tunables of a parameter's portions together again."""
+    pieces = [part.tensors() for part in parts]
+    return parts[0].of({name: torch.cat([piece[name] for piece in pieces], dim=-3) for name in pieces[0]})
+
+
+@torch.no_grad()
+def resumed(weight: TunableWeight, frozen: QuantizedTensor) -> Tunables:
+    """Return the tunables that give the numbers that were frozen: see the data type's `resumed`."""
+    parts, begin = [], 0
+    for portion in portions(weight, _CHUNK):
+        rows = portion.parameter.shape[-2]
+        its_own = frozen.map(lambda tensor, begin=begin, rows=rows: tensor.narrow(-3, begin, rows))
+        parts.append(portion.data_type.resumed(portion.groups(), portion.spec, its_own))
+        begin += rows
+    return joined_tunables(parts)
+
+
+@torch.no_grad()
+def by_rows(weight: TunableWeight, decide: Callable[[TunableWeight], Tunables], chunk: int = _CHUNK) -> QuantizedLayer:
+    """Return one parameter under the tunables that `decide` gives for a few of its rows at a time."""
+    parts, sizes = [], []
+    for part in portions(weight, chunk):
         parts.append(part.finished(decide(part)))
-        sizes.append(portion.float().norm().item())
+        sizes.append(_norm(part.parameter))
     return _joined(weight, parts, sizes, dim=-3)
 
 
@@ -42,8 +65,12 @@ def by_experts(weight: TunableWeight, together: int, decide: Callable[[TunableWe
         portion = weight.parameter[which]
         largest = None if weight.largest is None else weight.largest[which]
         parts.append(decide(TunableWeight(portion, weight.transposed, weight.scheme, largest), which))
-        sizes.append(portion.float().norm().item())
+        sizes.append(_norm(portion))
     return _joined(weight, parts, sizes, dim=0)
+
+
+def _norm(values: Tensor) -> float:
+    return torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32)).item()
 
 
 def nearest(weight: TunableWeight) -> QuantizedLayer:

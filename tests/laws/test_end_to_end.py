@@ -113,10 +113,12 @@ def test_it_begins_where_the_blocks_ended_rounding_included(tiny_model, tmp_path
     assert found == pytest.approx(measured(trainer)[0]["held_out_kl"], rel=1e-4)
 
 
-def test_the_start_is_a_candidate(tiny_model, tmp_path):
-    trainer = tuned(tiny_model("llama"), tmp_path / "out", end_to_end_lr=30.0, enable_minmax_tuning=False)
+@pytest.mark.parametrize(("start", "name"), [("rtn", "llama"), *(("opt_rtn", name) for name in CONFIGS)])
+def test_the_start_is_a_candidate(start, name, tiny_model, tmp_path):
+    begins = {"disable_opt_rtn": start == "rtn"}
+    trainer = tuned(tiny_model(name), tmp_path / "out", end_to_end_lr=30.0, enable_minmax_tuning=False, **begins)
     assert measured(trainer)[-1]["best_step"] == 0
-    AutoRound(str(tiny_model("llama")), dataset=SAMPLES, **BLOCKS_ONLY).quantize_and_save(tmp_path / "blocks")
+    AutoRound(str(tiny_model(name)), dataset=SAMPLES, **BLOCKS_ONLY | begins).quantize_and_save(tmp_path / "blocks")
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "blocks"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 

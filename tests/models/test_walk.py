@@ -109,6 +109,19 @@ def test_a_watched_input_is_summed_exactly(tiny_model):
     torch.testing.assert_close(statistics.squares["q"][0], seen[0].flatten(0, 1).square().sum(0))
 
 
+@pytest.mark.parametrize("kept", [0, 3, 64])
+def test_rows_are_kept_only_as_many_as_asked_for(kept, tiny_model):
+    lazy = open_model(tiny_model("qwen3_moe"))
+    load_keys(lazy, lazy.keys, CPU, torch.float32)
+    parameters = {site.parameter: (lazy.model.get_parameter(site.parameter), site.transposed) for site in find_sites(lazy.model)}
+    statistics = InputStatistics(kept=kept)
+    with watch_inputs(parameters, statistics), torch.no_grad():
+        lazy.model(tokens(8, 20), use_cache=False)
+    for name, (tensor, _) in parameters.items():
+        counts = [len(rows) for rows in statistics.inputs(name)]
+        assert max(counts) <= -(-kept // 8) if tensor.ndim == 3 else kept // 2 <= counts[0] <= kept
+
+
 @pytest.mark.parametrize(
     ("config", "why"),
     [

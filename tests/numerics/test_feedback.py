@@ -142,3 +142,12 @@ def test_shorter_spans_share_less():
         )
     ]
     assert errors[2] < errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("rows", [8, 64, 1000])
+def test_what_few_inputs_show_by_chance_is_hardly_fitted(rows):
+    weight, groups, numbers, spec, start = searched("W4A16", columns=256)
+    inputs = seen(256, rows + 500)
+    found = rounded_with_feedback(numbers, groups, spec, start, feedback([inputs[:rows]]))
+    nearest, error = (outputs_change(numbers, groups, spec, each, weight, inputs[rows:]) for each in (start, found))
+    assert error < (0.85 if rows == 1000 else 1.03) * nearest

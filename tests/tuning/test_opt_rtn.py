@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimized round to nearest: no row's output is worse than where it began, and outputs are better than search alone."""
+"""Optimized round to nearest: no row ends worse than it began by choosing scales, and outputs are better than by search alone."""
 
 import pytest
 import torch
