@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """SignRound: rounding and scales tuned by their gradient, block by block (https://arxiv.org/abs/2309.05516).
 
-The start is round to nearest under searched scales. Four choices differ from the paper's code: Adam moves what is learned, by default, and
-not the sign of the gradient; the best step is chosen on a fixed set of samples, the start among the candidates, so tuning never
-ends worse than it began on what it measures; the norm weights may move too; and the last block is given the KL divergence of
-the predictions as its error, not that of its output.
+The start is round to nearest under searched scales. Four choices differ from the paper's code: Adam moves what is learned, by
+default, and not the sign of the gradient; the best step is chosen on a fixed set of samples, the start among the candidates,
+so tuning never ends worse than it began on what it measures; the norm weights may move too; and the last block is given the
+KL divergence of the predictions as its error, not that of its output.
 """
 
 from __future__ import annotations
