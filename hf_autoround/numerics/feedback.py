@@ -5,7 +5,9 @@ Rounding to nearest is best for inputs that point anywhere. Where some direction
 along them can be made small at the price of a little more error elsewhere: each column is rounded after it has made good
 its share of what the columns before it got wrong. Two Hessians: that of inputs that were seen (`feedback`), for any data
 type; and, for integers onto which an adapter is merged, 1 + `_WEIGHT` times the projection on the directions that it reads,
-whose low rank replaces the Cholesky factor of an I x I matrix by a solve of R x R.
+whose low rank replaces the Cholesky factor of an I x I matrix by a solve of R x R. The first moves numbers within half a step,
+as tuning can take that up; the second either way, as merged weights lie on the grid but for a little: by the first the
+error along the directions would be 11 to 23 % larger (24 x 240 random weights, 2 and 4 bits).
 
 Shapes: E experts, O out features, I in features, G groups, S group size, R directions or sampled inputs, K columns of a span.
 """

@@ -66,7 +66,6 @@ def _optimized(weight: TunableWeight, experts: slice, squares: Tensor | None, in
         squares, inputs = None if squares is None else squares[experts], inputs[experts]
     inputs = [rows.to(weight.parameter.device) for rows in inputs]
     spans = feedback(inputs) if inputs else []
-
     fewer = [rows[:: -(-len(rows) // _CHOOSING) | 1] for rows in inputs]
 
     def decide(rows: TunableWeight) -> Tunables:

@@ -22,6 +22,7 @@ from hf_autoround.errors import (
     UnsupportedLayer,
     UnsupportedScheme,
 )
+from hf_autoround.layers.fake_quantized_block import InputStatistics
 
 QUICK = {"iters": 3, "group_size": 32, "disable_tqdm": True}
 
@@ -355,6 +356,28 @@ def test_a_disk_too_small_is_found_before_the_work(tiny_model, tmp_path, monkeyp
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1))
     refused(OutputError, r"needs 0\.\d GB and its disk has 0\.0 GB free; make room", tiny_model("llama"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asks"),
+    [({"iters": 0}, True), ({"iters": 2}, False), ({"iters": 0, "disable_opt_rtn": True}, False)],
+    ids=["opt_rtn", "tuned", "rtn"],
+)
+def test_inputs_are_kept_only_for_who_reads_them_and_no_more_in_small_batches(arguments, asks, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_autoround.trainer.run.SAMPLED_ROWS", 64)
+    kept, inputs = [], InputStatistics.inputs
+
+    def counted(statistics, name):
+        kept.append(sum(map(len, inputs(statistics, name))))
+        return inputs(statistics, name)
+
+    monkeypatch.setattr(InputStatistics, "inputs", counted)
+    for name, batch_size in (("eight", 8), ("one", 1)):
+        args = RoundingArguments(
+            output_dir=str(tmp_path / name), scheme="NVFP4", batch_size=batch_size, disable_tqdm=True, **arguments
+        )
+        RoundingTrainer(str(tiny_model("llama")), args, train_dataset=tokens(32)).train()
+    assert kept and max(kept) <= 64 and (min(kept) >= 32 if asks else max(kept) == 0)
 
 
 def test_the_disk_has_to_hold_what_tuning_keeps_besides(tiny_model, tmp_path):
