@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from hf_autoround.numerics import QuantizedTensor, dequantize
@@ -59,6 +60,11 @@ class QuantizedLayer:
     def weight(self) -> Tensor:
         """Return the float32 weight, ([E,] O, I)."""
         return ungroup(dequantize(self.tensor), self.columns)
+
+    def to(self, device: torch.device) -> QuantizedLayer:
+        """Return the result with its tensors on a device."""
+        static = None if self.static is None else self.static.to(device)
+        return replace(self, tensor=self.tensor.map(lambda tensor: tensor.to(device)), static=static)
 
     def at(self, site: WeightSite) -> QuantizedLayer:
         """Return the part of a parameter's result that belongs to one of its sites."""

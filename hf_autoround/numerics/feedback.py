@@ -30,6 +30,7 @@ from hf_autoround.scheme import TensorSpec
 SPAN = 4096  # columns that share their errors, at most: a factor of so many rows and columns has to be held
 _DAMPING = 0.1  # of the mean squared input, and as many times that as rows are fewer than columns: chance is not to be fitted
 _TOGETHER = 64  # columns after which those far behind are told of the errors
+_REACH = 0.4999  # steps that a number may move: not to half a step, or one that lies on the grid would move
 _WEIGHT = 100.0  # how much more an error along the directions counts
 
 
@@ -103,24 +104,37 @@ def rounded_with_feedback(
 
     No number moves farther than to the next but nearest one: what rounding within half a step can reach.
     """
-    weight, rounding, size = groups.flatten(-2), torch.zeros_like(groups), groups.shape[-1]
-    parts = [tunables.group(place) for place in range(groups.shape[-2])]
+    weight, rounding, size = groups.flatten(-2), torch.zeros_like(groups).flatten(-2), groups.shape[-1]
+    scales = tunables.with_learned({"rounding": weight.new_zeros(1, 1, 1)})
     begin = 0
     for span in spans:
-        order = [begin + column for column in span.order.tolist()]
-        aims = weight[..., order].mT.contiguous()  # ([E,] K, O)
+        order = begin + span.order
+        exact = weight[..., order].mT.contiguous()  # ([E,] K, O)
+        aims, moves = exact.clone(), torch.empty_like(exact)
         for first in range(0, len(order), _TOGETHER):
             behind = min(first + _TOGETHER, len(order))
-            wrong = torch.empty_like(aims[..., first:behind, :])
-            for place in range(first, behind):
-                column, aim = order[place], aims[..., place, :]
-                exact, part = weight[..., column, None, None], parts[column // size]
-                steps = numbers.steps(exact, aim[..., None, None], spec, part).clamp_(-0.5, 0.5)
-                rounding[..., column // size, column % size] = steps[..., 0, 0]
-                values = dequantize(numbers.quantize(exact, spec, part.with_learned({"rounding": steps})))
-                wrong[..., place - first, :] = aim - values[..., 0, 0]
-                shares = span.shares[..., place, place + 1 : behind, None]
-                aims[..., place + 1 : behind, :].addcmul_(shares, wrong[..., place - first, None, :])
+            own = scales.at(order[first:behind] // size)
+            values = [_rounded(numbers, exact[..., first:behind, :], spec, own, by) for by in (-_REACH, 0.0, _REACH)]
+            least, near, most = values[0].minimum(values[2]), values[1], values[0].maximum(values[2])
+            below, above = (least + near) / 2, (near + most) / 2
+            wrong = torch.empty_like(near)
+            for place in range(behind - first):  # few operations, or these many steps take a GPU long
+                aim, after = aims[..., first + place, :], slice(first + place + 1, behind)
+                value = torch.where(aim < below[..., place, :], least[..., place, :], near[..., place, :])
+                value = torch.where(aim > above[..., place, :], most[..., place, :], value)
+                torch.sub(aim, value, out=wrong[..., place, :])
+                aims[..., after, :].addcmul_(span.shares[..., first + place, after, None], wrong[..., place, None, :])
             aims[..., behind:, :] += span.shares[..., first:behind, behind:].mT @ wrong
+            decided = aims[..., first:behind, :]
+            moved = ((decided > above) & (most > near)).float() - ((decided < below) & (least < near)).float()
+            moves[..., first:behind, :] = moved * (values[2] - values[0]).sign() * _REACH  # of a scale below zero the other way
+        rounding[..., order] = moves.mT
         begin += len(order)
-    return tunables.with_learned({"rounding": rounding})
+    return tunables.with_learned({"rounding": rounding.view_as(groups)})
+
+
+def _rounded(numbers: DataType, columns: Tensor, spec: TensorSpec, tunables: Tunables, by: float) -> Tensor:
+    """Return the values that columns (..., K, O), each with the tunables of its group, get with `by` added before rounding."""
+    exact = columns.mT[..., None]
+    rounding = tunables.with_learned({"rounding": torch.full_like(exact, by)})
+    return dequantize(numbers.quantize(exact, spec, rounding))[..., 0].mT.contiguous()

@@ -49,10 +49,15 @@ class Tunables:
         """Return a copy with these tensors in place of its own."""
         return replace(self, **tensors)
 
-    def group(self, place: int) -> Tunables:
-        """Return those of one group of each row, (..., G, .) -> (..., 1, .)."""
-        parts = {name: tensor.narrow(-2, place, 1) if tensor.shape[-2] > 1 else tensor for name, tensor in self.tensors().items()}
-        return replace(self, **parts)
+    def at(self, groups: Tensor) -> Tunables:
+        """Return those of some groups (K,) of each row, (..., G, .) -> (..., K, .)."""
+        return replace(
+            self,
+            **{
+                name: tensor.index_select(-2, groups) if tensor.shape[-2] > 1 else tensor
+                for name, tensor in self.tensors().items()
+            },
+        )
 
     def where(self, chosen: Tensor, other: Tunables) -> Tunables:
         """Return a copy that takes from `other` the groups where `chosen` (..., G) is true."""

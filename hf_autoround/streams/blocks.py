@@ -53,7 +53,7 @@ def stream_blocks(
         with walk.resident(unit) as runner:
             statistics = walk.advance_float(runner, watch=not finished)
             if finished:
-                result, record = main(partial(journal.get, unit.key, walk.schemes)), done[unit.key]
+                result, record = main(partial(journal.get, unit.key, walk.schemes)).to(walk.device), done[unit.key]
                 runner = walk.quantizing(runner, result.static)
             else:
                 static = walk.calibrated(runner, statistics)

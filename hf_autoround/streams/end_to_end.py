@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -117,6 +118,7 @@ class _Stage:
             for unit, block in zip(self.units, self.blocks, strict=True):
                 for name, tensor in main(partial(self.record.load, unit.key)).items():
                     block.state[name].copy_(tensor)
+        self.visits = Visits(self.blocks, self.walk.device) if self.travels else None
         self.events.stage_begins(progress, self.residence)
         return end_to_end(self._task(), self.tuning, self, progress)
 
@@ -130,15 +132,33 @@ class _Stage:
                 f"kept; a smaller end_to_end_lr than {self.tuning.lr:.3g} may help"
             )
         if progress.best_step == progress.step:
-            results = ((unit.key, block.finished()) for unit, block in zip(self.units, self.blocks, strict=True))
-            self.settings.processes.from_main(partial(self.record.put_best, progress.step, results))
+            self.settings.processes.from_main(partial(self.record.put_best, progress.step, self._results()))
         self.events.measured(progress, held_out)
 
     def may_save(self, progress: Progress) -> None:
         if self.events.wants_checkpoint(progress.step):
+            if self.visits is not None:
+                self.visits.settle()
             states = ((unit.key, block.state) for unit, block in zip(self.units, self.blocks, strict=True))
             self.settings.processes.from_main(partial(self.record.save, progress, self.events.log, states))
             self.events.checkpoint_written(progress.step)
+
+    def _results(self) -> Iterator[tuple[str, BlockResult]]:
+        """Yield the blocks as they would ship."""
+        for place, unit in enumerate(self.units):
+            with self.open(place, False) as block:
+                yield unit.key, block.finished()
+
+    @contextmanager
+    def open(self, place: int, changes: bool) -> Iterator[LearnedBlock]:
+        """Give a block on the device of the products."""
+        if self.visits is not None:
+            with self.visits.open(place, changes) as block:
+                yield block
+            return
+        yield self.blocks[place]
+        if self.residence == "streamed":
+            release_memory()
 
     def _read_float_model(self) -> None:
         """Put every block on the shelf, and remember what the float model says."""
@@ -172,15 +192,17 @@ class _Stage:
         """Put a loaded unit's parameters, and what the journal knows of it, on the shelf."""
         walk = self.walk
         result: BlockResult = self.settings.processes.from_main(partial(self.journal.get, unit.key, walk.schemes))
+        result = result.to(walk.device)
         parameters = {
             name: parameter.detach()
             for block_name, block in zip(runner.names, runner.blocks, strict=True)
             for name, parameter in block.named_parameters(prefix=block_name)
         }
+        loaded = walk.tunable({name: (tensor, transposed) for name, tensor, transposed in walk.weights(runner)}, result.static)
+        norms = walk.norms(runner, loaded) if self.tuning.tunes_norms else {}
+        state = self.shelf.keep(f"{unit.key}-state", first_state(loaded, norms, result))
         fixed = self.shelf.keep(f"{unit.key}-parameters", parameters)
-        weights = walk.tunable({name: (fixed[name], transposed) for name, _, transposed in walk.weights(runner)}, result.static)
-        norms = walk.norms(runner, weights) if self.tuning.tunes_norms else {}
-        state = self.shelf.keep(f"{unit.key}-state", first_state(weights, norms, result))
+        weights = {name: replace(weight, parameter=fixed[name]) for name, weight in loaded.items()}
         others = {name: tensor for name, tensor in fixed.items() if name not in weights}
         self.blocks.append(LearnedBlock(weights, others, tuple(norms), state, walk.stored, self.products))
         quantizing = walk.quantizing(runner, result.static)
@@ -225,26 +247,19 @@ class _Stage:
         def run(place: int, hidden: Tensor, indices: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
             return self.runners[place](hidden, where[indices], parameters)
 
-        @contextmanager
-        def stay(place: int, changes: bool) -> Iterator[LearnedBlock]:
-            yield self.blocks[place]
-            if self.residence == "streamed":
-                release_memory()
-
         def keep(place: int, hidden: list[Tensor]) -> Callable[[], list[Tensor]]:
             if self.residence == "resident":
                 return lambda: hidden
             kept = self.samples.keep(f"entering-{place:05d}", {str(number): state for number, state in enumerate(hidden)})
             return lambda: [state.to(walk.device) for state in kept.values()]
 
-        open_block = Visits(self.blocks, walk.device).open if self.travels else stay
         return EndToEndTask(
             seed=self.settings.seed * 1_000_003 + len(self.units),
             samples=walk.samples,
             tokens=walk.tokens.shape[1],
             blocks=len(self.runners),
             learns_head=learns_head,
-            open=open_block,
+            open=self.open,
             inputs=lambda indices: self.inputs[where[indices]].to(walk.device),
             run=run,
             measure=measure,

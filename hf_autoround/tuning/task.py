@@ -9,7 +9,7 @@ Shapes: N samples, B samples of a batch, E experts, O out features, I in feature
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -114,6 +114,18 @@ class BlockResult:
     def static(self) -> dict[str, Tensor]:
         """What calibration gave for the inputs of the layers, where their schemes ask for it."""
         return {name: layer.static for name, layer in self.layers.items() if layer.static is not None}
+
+    def to(self, device: torch.device) -> BlockResult:
+        """Return the result with its tensors on a device."""
+        return replace(
+            self,
+            layers={name: layer.to(device) for name, layer in self.layers.items()},
+            tuned={name: tensor.to(device) for name, tensor in self.tuned.items()},
+            tunables={
+                name: tunables.of({part: tensor.to(device) for part, tensor in tunables.tensors().items()})
+                for name, tunables in self.tunables.items()
+            },
+        )
 
 
 @dataclass(frozen=True)
