@@ -47,7 +47,8 @@ def _exponent(columns, bits: tl.constexpr):
 
     The compiler is not to know them (`columns >> 31` is 0): as a constant they would cost `_numbers` a third instruction.
     """
-    return (((127 + bits) << 23) + (columns >> 31)).to(tl.uint32, bitcast=True)
+    unknown = tl.cast(columns, tl.int32)  # of a single column Triton makes a constant, which has no methods
+    return (((127 + bits) << 23) + (unknown >> 31)).to(tl.uint32, bitcast=True)
 
 
 @triton.jit

@@ -46,7 +46,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 def pack_nibbles(values: Tensor, magnitudes: Tensor) -> Tensor:
     """Pack (R, n) numbers, each plus or minus one of eight magnitudes (in order), into bytes (R, n / 2): sign, then which."""
     numbers = values.float()
-    codes = torch.bucketize(numbers.abs(), magnitudes) + 8 * torch.signbit(numbers)
+    codes = torch.bucketize(numbers.abs(), magnitudes.to(numbers.device)) + 8 * torch.signbit(numbers)
     return pack_bits(codes, 4).view(torch.uint8)
 
 

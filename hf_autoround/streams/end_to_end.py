@@ -2,8 +2,8 @@
 """Tuning end to end, set up: a teacher from one pass of the float model, every block's numbers on a shelf, a journal.
 
 The blocks' modules stay empty; each runs on the parameters it is given. What is on the shelf is on the device of the
-products (resident), or waits in mapped files and visits the device one block at a time, the next one fetched ahead
-(streamed). The arithmetic is the same, and so are the bits.
+products (resident), or waits in host memory or mapped files and visits the device one block at a time, the next one fetched
+ahead (streamed). The arithmetic is the same, and so are the bits.
 
 Shapes: N samples (of this process' share), T tokens, H hidden size, V vocabulary.
 """
@@ -97,10 +97,11 @@ class _Stage:
         self.units = units(walk.parts, walk.plan, walk.settings.nblocks)
         self.products = self.walk.autocast or self.walk.dtype
         if residence == "auto":
-            residence = "resident" if self._fits() else "streamed"
-        self.residence = residence
-        self.shelf = Shelf(self.walk.device, folder if residence == "streamed" else None)
-        self.samples = Shelf(torch.device("cpu"), folder)
+            residence = "resident" if 2 * self._needed() < _free_memory(self.walk.device) else "streamed"
+        self.residence, host = residence, torch.device("cpu")
+        in_memory = self.travels and self.walk.device.type == "cuda" and 1.5 * self._needed() < _free_memory(host)
+        self.samples = Shelf(host, None if in_memory else folder, page_locked=in_memory)
+        self.shelf = self.samples if residence == "streamed" else Shelf(self.walk.device)
         self.kept_blocks = 0  # not known before the first step
         self.head_inputs: Mapping[str, tuple[bool, InputQuantizer]] = {}
 
@@ -282,11 +283,10 @@ class _Stage:
         """Say whether blocks have to be copied to the device; for a CPU mapped files are memory as good as any other."""
         return self.residence == "streamed" and self.walk.device.type != "cpu"
 
-    def _fits(self) -> bool:
-        """Say whether all blocks' weights, and nine bytes for each that is learned, have room on the device."""
-        needed = sum(entry.nbytes for key, entry in self.lazy.checkpoint.entries.items())
-        learned = sum(entry.nbytes // entry.dtype.itemsize for entry in self.lazy.checkpoint.entries.values()) * 9
-        return needed + learned < _free_memory(self.walk.device) // 2
+    def _needed(self) -> int:
+        """Return how many bytes all weights take, with nine for each that is learned."""
+        entries = self.lazy.checkpoint.entries.values()
+        return sum(entry.nbytes + 9 * (entry.nbytes // entry.dtype.itemsize) for entry in entries)
 
 
 def _free_memory(device: torch.device) -> int:

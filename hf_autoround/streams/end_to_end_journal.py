@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_autoround.errors import OutputError
-from hf_autoround.streams.journal import Journal, write_atomically
+from hf_autoround.streams.journal import Journal, flush, write_atomically
 from hf_autoround.tuning import BlockResult
 from hf_autoround.tuning.end_to_end import Progress
 
@@ -92,7 +92,8 @@ class EndToEndJournal:
         try:
             partial.mkdir(parents=True)
             write(partial)
-            os.sync()
+            for path in partial.iterdir():  # and no other file: mapped ones may hold gigabytes that the disk need not see
+                flush(path)
             shutil.rmtree(whole, ignore_errors=True)  # of a run that was killed after it
             os.replace(partial, whole)
         except (SafetensorError, OSError) as error:

@@ -119,7 +119,7 @@ class Journal:
         partial = self._path(unit).with_suffix(".partial")
         try:
             save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, partial, metadata)
-            _flush(partial)
+            flush(partial)
             os.replace(partial, self._path(unit))
         except (SafetensorError, OSError) as error:
             raise OutputError(f"cannot write {partial}: {error}; what is finished is kept: make room and resume") from error
@@ -153,13 +153,14 @@ def write_atomically(path: Path, content: bytes) -> None:
     partial = path.with_name(f"{path.name}.partial")
     try:
         partial.write_bytes(content)
-        _flush(partial)
+        flush(partial)
         os.replace(partial, path)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have a file's content on the disk before going on."""
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
 

@@ -93,11 +93,12 @@ class Visits:
             if stream is None:
                 tensor.copy_(visitor.state[name])
                 continue
-            locked = torch.empty_like(tensor, pin_memory=True)
+            locked = tensor if tensor.is_pinned() else torch.empty_like(tensor, pin_memory=True)
             with torch.cuda.stream(stream):
                 locked.copy_(visitor.state[name], non_blocking=True)
             stream.synchronize()
-            tensor.copy_(locked)
+            if locked is not tensor:
+                tensor.copy_(locked)
 
     def _mark(self) -> torch.cuda.Event | None:
         """Return what tells that the products so far are done."""

@@ -23,13 +23,14 @@ from torch import Tensor
 
 from hf_autoround.layers.sites import QuantizedLayer
 from hf_autoround.numerics import Tunables, dequantize
-from hf_autoround.numerics.feedback import SPAN, feedback, rounded_with_feedback
+from hf_autoround.numerics.feedback import SPAN, Feedback, feedback, rounded_with_feedback
 from hf_autoround.numerics.grouping import group, rows_together
 from hf_autoround.tuning.rtn import by_experts, by_rows, joined_tunables, portions
 from hf_autoround.tuning.task import BlockResult, BlockTask, OnStep, TunableWeight, TuningSettings
 
 SAMPLED_ROWS = 4096  # inputs of each weight to ask for
-_CHUNK = 1 << 22  # elements whose scales are chosen at once: every candidate costs a float32 copy of them
+# elements whose scales are chosen at once, which takes a float32 copy for every candidate; many small ones take a GPU long
+_CHUNK, _CHUNK_OF_GPU = 1 << 22, 1 << 25
 _ROUNDED = 1 << 26  # elements rounded at once: few copies of them, but every column of theirs is a step
 _FACTORS = 1 << 24  # elements of (E, K, K) for experts that are rounded at once (and share an order of columns)
 _CHOOSING = 512  # rows of inputs by which groups choose
@@ -46,12 +47,27 @@ def searched(weight: TunableWeight, squares: Tensor | None) -> Tunables:
 @torch.no_grad()
 def optimized_round_to_nearest(task: BlockTask, settings: TuningSettings, on_step: OnStep) -> BlockResult:
     """Choose the scales of every weight of the block, and round under them."""
-    layers = {}
+    layers, shared = {}, _SharedFeedback()
     for name, weight in task.weights.items():
         squares, inputs = task.importance.get(name), task.inputs.get(name, ())
         weight = _with_range(weight, squares)
-        layers[name] = by_experts(weight, _experts_together(inputs), partial(_optimized, squares=squares, inputs=inputs))
+        decide = partial(_optimized, squares=squares, inputs=inputs, shared=shared)
+        layers[name] = by_experts(weight, _experts_together(inputs), decide)
     return BlockResult(layers)
+
+
+class _SharedFeedback:
+    """The feedback of the last inputs: a query, a key and a value, a gate and what it opens, have the same."""
+
+    def __init__(self) -> None:
+        self.inputs: list[Tensor] = []
+        self.spans: list[Feedback] = []
+
+    def of(self, inputs: list[Tensor]) -> list[Feedback]:
+        same = len(inputs) == len(self.inputs) and all(map(torch.equal, inputs, self.inputs))
+        if not same:
+            self.inputs, self.spans = inputs, feedback(inputs) if inputs else []
+        return self.spans
 
 
 def _experts_together(inputs: Sequence[Tensor]) -> int:
@@ -60,16 +76,19 @@ def _experts_together(inputs: Sequence[Tensor]) -> int:
     return max(1, _FACTORS // columns**2)
 
 
-def _optimized(weight: TunableWeight, experts: slice, squares: Tensor | None, inputs: Sequence[Tensor]) -> QuantizedLayer:
+def _optimized(
+    weight: TunableWeight, experts: slice, squares: Tensor | None, inputs: Sequence[Tensor], shared: _SharedFeedback
+) -> QuantizedLayer:
     """Return a weight, or some `experts` of one, with the scales and the rounding that are best for its inputs."""
     if weight.parameter.ndim == 3:
         squares, inputs = None if squares is None else squares[experts], inputs[experts]
     inputs = [rows.to(weight.parameter.device) for rows in inputs]
-    spans = feedback(inputs) if inputs else []
+    spans = shared.of(inputs)
+    chunk = _CHUNK if weight.parameter.device.type == "cpu" else _CHUNK_OF_GPU
     fewer = [rows[:: -(-len(rows) // _CHOOSING) | 1] for rows in inputs]
 
     def decide(rows: TunableWeight) -> Tunables:
-        chosen = joined_tunables([_chosen(portion, squares, fewer) for portion in portions(rows, _CHUNK)])
+        chosen = joined_tunables([_chosen(portion, squares, fewer) for portion in portions(rows, chunk)])
         return rounded_with_feedback(rows.data_type, rows.groups(), rows.spec, chosen, spans)
 
     return by_rows(weight, decide, _ROUNDED)

@@ -39,12 +39,14 @@ def test_kernels_compile_for_a_gpu_and_fit_it(capability):
         pytest.skip("Triton is set to interpret, not to compile")
     shared_memory = 99 * 1024  # of one program, where it is smallest: compute capability 8.6, 8.9 and 12.0
     types = {"inputs": "*bf16", "weight": "*bf16", "outputs": "*fp32", "scales": "*fp16", "qweight": "*i32", "qzeros": "*i32"}
-    for bits in (3, 4):
-        products = [kernels.product_launch(rows, 256, 256, bits, 128) for rows in (1, 64)]
-        for kernel, _, sizes, _ in (*products, kernels.dense_launch(256, 256)):
+    for bits, columns in ((3, 256), (4, 256), (3, 1)):
+        products = [kernels.product_launch(rows, 256, columns, bits, 128) for rows in (1, 64)]
+        for kernel, _, sizes, _ in (*products, kernels.dense_launch(256, columns)):
             names = kernel.arg_names
             given = sizes | dict(bits=bits, group=128, zero_offset=1)
             constants = {parameter.name: given[parameter.name] for parameter in kernel.params if parameter.is_constexpr}
+            if columns == 1:  # of which Triton makes a constant
+                constants["columns"] = 1
             signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
             source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
             options = {name: value for name, value in sizes.items() if name not in names}

@@ -154,13 +154,6 @@ def test_resident_and_streamed_give_the_same_bytes(name, tiny_model, tmp_path):
     assert contents(tmp_path / "resident") == contents(tmp_path / "streamed")
 
 
-def test_blocks_that_travel_to_the_device_and_back_give_the_same_bytes(tiny_model, tmp_path, monkeypatch):
-    tuned(tiny_model("llama"), tmp_path / "stay", quant_lm_head=True)
-    monkeypatch.setattr("hf_autoround.streams.end_to_end._Stage.travels", property(lambda self: True))
-    tuned(tiny_model("llama"), tmp_path / "travel", quant_lm_head=True)
-    assert contents(tmp_path / "stay") == contents(tmp_path / "travel")
-
-
 class StopAt(TrainerCallback):
     def __init__(self, step):
         self.step = step
@@ -168,6 +161,19 @@ class StopAt(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= self.step:
             control.should_training_stop = True
+
+
+@pytest.mark.parametrize("arguments", [{}, {"quant_lm_head": True}, {"nblocks": 3}], ids=["blocks", "head", "one"])
+def test_blocks_that_travel_to_the_device_and_back_give_the_same_bytes(arguments, tiny_model, tmp_path, monkeypatch):
+    model, settings = tiny_model("llama"), {"save_steps": 2, **arguments}
+    tuned(model, tmp_path / "stay", residence="resident", **settings)
+    monkeypatch.setattr("hf_autoround.streams.end_to_end._Stage.travels", property(lambda self: True))
+    settings["residence"] = "streamed"
+    tuned(model, tmp_path / "travel", **settings)
+    with pytest.raises(AutoRoundError, match="stopped by a callback"):
+        tuned(model, tmp_path / "torn", [StopAt(3 + 3)], **settings)
+    tuned(model, tmp_path / "torn", resume=True, **settings)
+    assert contents(tmp_path / "stay") == contents(tmp_path / "travel") == contents(tmp_path / "torn")
 
 
 def test_stopped_anywhere_and_resumed_equals_undisturbed(tiny_model, tmp_path):

@@ -146,7 +146,7 @@ def test_a_callback_can_end_a_block_early(tiny_model, tmp_path):
         {"iters": 0},
         {"iters": 0, "disable_opt_rtn": True},
         {"device_map": "auto"},
-        {"device_map": {"q_proj": "cpu"}},
+        {"device_map": {"": "cpu", "q_proj": "cpu"}},
         {"device_map": ["cpu", "cpu"]},
         {"sym": False},
     ],
