@@ -94,8 +94,8 @@ class RoundingArguments:
     )
     end_to_end_lr: float | None = _help("Rate of the rounding there, default 0.36 / sqrt(steps * blocks).", default=None)
     residence: Residence = _help(
-        "Where all blocks are kept for it: resident (on the device), streamed (mapped files, one block on the device), or "
-        "auto: what fits.",
+        "Where all blocks are kept for it: resident (on the device), streamed (in host memory or mapped files, one "
+        "block on the device), or auto: what fits.",
         default="auto",
     )
     save_steps: int = _help("Keep an unfinished end to end run on disk every so many steps.", default=50)
