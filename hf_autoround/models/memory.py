@@ -25,6 +25,9 @@ def release_memory() -> None:
             return
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        empty_host_cache = getattr(torch.accelerator, "empty_host_cache", None)  # newer than the oldest torch
+        if empty_host_cache is not None:
+            empty_host_cache()
 
 
 @contextmanager

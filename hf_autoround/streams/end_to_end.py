@@ -72,6 +72,8 @@ def stream_end_to_end(
             folder = journal.folder / "mapped" if settings.processes.main else Path(elsewhere)
             stage = _Stage(BlockWalk(model, tuning.batch_size, settings), tuning, residence, journal, events, folder)
             over = stage.run(), events.log
+            del stage
+        release_memory()
         main(partial(record.finish, *over))
     else:
         events.log[:] = over[1]
@@ -99,7 +101,7 @@ class _Stage:
         if residence == "auto":
             residence = "resident" if 2 * self._needed() < _free_memory(self.walk.device) else "streamed"
         self.residence, host = residence, torch.device("cpu")
-        in_memory = self.travels and self.walk.device.type == "cuda" and 1.5 * self._needed() < _free_memory(host)
+        in_memory = self.travels and self.walk.device.type == "cuda" and self._locked() < 0.8 * _free_memory(host)
         self.samples = Shelf(host, None if in_memory else folder, page_locked=in_memory)
         self.shelf = self.samples if residence == "streamed" else Shelf(self.walk.device)
         self.kept_blocks = 0  # not known before the first step
@@ -199,7 +201,8 @@ class _Stage:
             for block_name, block in zip(runner.names, runner.blocks, strict=True)
             for name, parameter in block.named_parameters(prefix=block_name)
         }
-        loaded = walk.tunable({name: (tensor, transposed) for name, tensor, transposed in walk.weights(runner)}, result.static)
+        on_main = {name: (tensor.to(walk.device), transposed) for name, tensor, transposed in walk.weights(runner)}
+        loaded = walk.tunable(on_main, result.static)
         norms = walk.norms(runner, loaded) if self.tuning.tunes_norms else {}
         state = self.shelf.keep(f"{unit.key}-state", first_state(loaded, norms, result))
         fixed = self.shelf.keep(f"{unit.key}-parameters", parameters)
@@ -287,6 +290,18 @@ class _Stage:
         """Return how many bytes all weights take, with nine for each that is learned."""
         entries = self.lazy.checkpoint.entries.values()
         return sum(entry.nbytes + 9 * (entry.nbytes // entry.dtype.itemsize) for entry in entries)
+
+    def _locked(self) -> int:
+        """Return how much page-locked memory all processes would take; torch gives it in powers of two."""
+
+        def given(size: int) -> int:
+            return 1 << (size - 1).bit_length()
+
+        sizes = [entry.nbytes // entry.dtype.itemsize for entry in self.lazy.checkpoint.entries.values()]
+        weights = sum(given(size * self.walk.dtype.itemsize) + given(4 * size) + 2 * given(2 * size) for size in sizes)
+        hidden = self.walk.tokens.numel() * self.lazy.model.config.get_text_config().hidden_size * self.walk.dtype.itemsize
+        batch = -(-hidden * self.tuning.batch_size * self.tuning.gradient_accumulate_steps // len(self.walk.tokens))
+        return self.settings.processes.count * (weights + 2 * given(hidden) + len(self.units) * given(batch))
 
 
 def _free_memory(device: torch.device) -> int:

@@ -92,10 +92,11 @@ class EndToEndJournal:
         try:
             partial.mkdir(parents=True)
             write(partial)
-            for path in partial.iterdir():  # and no other file: mapped ones may hold gigabytes that the disk need not see
+            for path in (*partial.iterdir(), partial):  # and nothing else: mapped files hold gigabytes that may stay in memory
                 flush(path)
             shutil.rmtree(whole, ignore_errors=True)  # of a run that was killed after it
             os.replace(partial, whole)
+            flush(self.folder)
         except (SafetensorError, OSError) as error:
             raise OutputError(f"cannot write {partial}: {error}; make room and resume") from error
 

@@ -160,9 +160,12 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have a file's content on the disk before going on."""
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
+    """Have the content of a file, or the names in a folder, on the disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _short(value: Any) -> str:

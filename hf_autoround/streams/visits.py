@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks that wait in host memory or in mapped files and visit the device of the products.
 
-Three of them are on the device at most: one at work, the next one on its way there, and one that was moved on its way
+Three of them are on the device at most: one at work, the next one on its way there, and one that was changed on its way
 back. Copies go through page-locked memory, several times as fast as from pages that the system may move, and leave the
 stream of the products alone.
 """
@@ -37,13 +37,14 @@ class Visits:
         self.streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else [None, None]
         self.coming: _Coming | None = None
         self.leaving: Future[None] | None = None
+        self.done: torch.cuda.Event | None = None
 
     @contextmanager
     def open(self, place: int, changes: bool) -> Iterator[LearnedBlock]:
         """Give the block on the device; with `changes` its state is written back after the `with`."""
         arriving, last = self.coming, len(self.blocks) - 1
         if arriving is None or arriving.place != place or (changes and not arriving.whole):
-            arriving = self._fetched(place, changes or place == last)
+            arriving = self._fetched(place, changes or place == last, self.leaving)
         self.coming = None  # or a third block could be on the device
         visitor = arriving.block.result()
         self._own(visitor)
@@ -52,9 +53,10 @@ class Visits:
         elif not changes:  # the last one is opened again, to be changed
             self.coming = arriving if place == last else self._fetched(place + 1, place + 1 == last)
         yield visitor
+        self.done = self._mark()
         if changes:
             self.settle()
-            self.leaving = self.returning.submit(self._return, place, visitor, self._mark())
+            self.leaving = self.returning.submit(self._return, place, visitor, self.done)
             if place == 0:
                 self.coming = self._fetched(0, last == 0, self.leaving)
 
@@ -64,11 +66,13 @@ class Visits:
             self.leaving.result()
 
     def _fetched(self, place: int, whole: bool, after: Future[None] | None = None) -> _Coming:
-        return _Coming(place, whole, self.fetching.submit(self._fetch, place, whole, after))
+        return _Coming(place, whole, self.fetching.submit(self._fetch, place, whole, after, self.done))
 
-    def _fetch(self, place: int, whole: bool, after: Future[None] | None) -> LearnedBlock:
+    def _fetch(self, place: int, whole: bool, after: Future[None] | None, done: torch.cuda.Event | None) -> LearnedBlock:
         if after is not None:
             after.result()
+        if done is not None:  # the program runs ahead of the device: a block that was closed may be at work still
+            done.synchronize()
         block, stream = self.blocks[place], self.streams[0]
         learned = {f"{name}:{part}" for name in block.weights for part in block.tunables(name).tensors()}
         wanted = set(block.state) if whole else learned | {f"{name}:norm" for name in block.norms}

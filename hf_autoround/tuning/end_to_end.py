@@ -255,6 +255,7 @@ def _step(task: EndToEndTask, settings: EndToEndSettings, micro_batches: list[Te
         else:
             with task.open(place, False) as block:
                 recorded.append(_record(task, place, block, hidden, own))
+            del block
             hidden = [output.detach() for output in recorded[-1].outputs]
     task.one_kept(recorded[-1].saved_bytes)
     loss, gradients = _head(task, settings, hidden, own, scale, step)

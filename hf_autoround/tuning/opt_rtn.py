@@ -64,10 +64,13 @@ class _SharedFeedback:
         self.spans: list[Feedback] = []
 
     def of(self, inputs: list[Tensor]) -> list[Feedback]:
-        same = len(inputs) == len(self.inputs) and all(map(torch.equal, inputs, self.inputs))
-        if not same:
+        if len(inputs) != len(self.inputs) or not all(map(_same, inputs, self.inputs)):
             self.inputs, self.spans = inputs, feedback(inputs) if inputs else []
         return self.spans
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.device == other.device and torch.equal(one, other)
 
 
 def _experts_together(inputs: Sequence[Tensor]) -> int:

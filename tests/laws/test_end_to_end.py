@@ -163,11 +163,15 @@ class StopAt(TrainerCallback):
             control.should_training_stop = True
 
 
+@pytest.mark.parametrize("room", [0, 1 << 60], ids=["files", "memory"])  # for page-locked memory, which a GPU alone has
 @pytest.mark.parametrize("arguments", [{}, {"quant_lm_head": True}, {"nblocks": 3}], ids=["blocks", "head", "one"])
-def test_blocks_that_travel_to_the_device_and_back_give_the_same_bytes(arguments, tiny_model, tmp_path, monkeypatch):
+def test_blocks_that_travel_to_the_device_and_back_give_the_same_bytes(arguments, room, tiny_model, tmp_path, monkeypatch):
+    if room and not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
     model, settings = tiny_model("llama"), {"save_steps": 2, **arguments}
     tuned(model, tmp_path / "stay", residence="resident", **settings)
     monkeypatch.setattr("hf_autoround.streams.end_to_end._Stage.travels", property(lambda self: True))
+    monkeypatch.setattr("hf_autoround.streams.end_to_end._free_memory", lambda device: room)
     settings["residence"] = "streamed"
     tuned(model, tmp_path / "travel", **settings)
     with pytest.raises(AutoRoundError, match="stopped by a callback"):

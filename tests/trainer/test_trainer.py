@@ -164,6 +164,13 @@ def test_every_tunable_changes_what_it_should(arguments, tiny_model, tmp_path):
     assert same == ("low_gpu_mem_usage" in arguments or "device_map" in arguments)
 
 
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="there is no accelerator")
+@pytest.mark.parametrize("arguments", [{"iters": 0}, {"iters": 4}, {"iters": 0, "end_to_end_steps": 4}], ids=str)
+def test_a_block_may_be_spread_over_an_accelerator_and_the_cpu(arguments, tiny_model, tmp_path):
+    trainer(str(tiny_model("llama")), tmp_path / "out", device_map={"k_proj": "cpu"}, **arguments).train()
+    assert torch.isfinite(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens()[:1]).logits).all()
+
+
 def test_norms_are_tuned_by_default_and_keep_their_type(tiny_model, tmp_path):
     model = tiny_model("llama", torch.bfloat16)
     trainer(str(model), tmp_path / "out", iters=12, scheme="W2A16G32").train()
