@@ -292,7 +292,8 @@ class _Stage:
         return sum(entry.nbytes + 9 * (entry.nbytes // entry.dtype.itemsize) for entry in entries)
 
     def _locked(self) -> int:
-        """Return how much page-locked memory all processes would take; torch gives it in powers of two."""
+        """Return how many bytes of page-locked memory all processes would take, without the scales: torch gives it in powers
+        of two."""
 
         def given(size: int) -> int:
             return 1 << (size - 1).bit_length()

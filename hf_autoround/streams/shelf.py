@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where tensors of all blocks wait while one block is at work: on a device, in page-locked memory, or in mapped files.
 
-A GPU copies to and from page-locked memory several times as fast as other pages. A mapped file's pages are the system's to
-write out and read back: they never count as the process' own memory, so a model of any depth takes no more of it than one
-block.
+A GPU reads and writes page-locked memory by itself. A mapped file's pages are the system's to write out and read back: they
+never count as the process' own memory, so a model of any depth takes no more of it than one block.
 """
 
 from __future__ import annotations

@@ -2,15 +2,14 @@
 """Blocks that wait in host memory or in mapped files and visit the device of the products.
 
 Three of them are on the device at most: one at work, the next one on its way there, and one that was changed on its way
-back. Copies go through page-locked memory, several times as fast as from pages that the system may move, and leave the
-stream of the products alone.
+back. Copies go through page-locked memory, which a GPU reads and writes by itself, and leave the stream of the products alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,7 +33,7 @@ class Visits:
     def __init__(self, blocks: Sequence[LearnedBlock], device: torch.device) -> None:
         self.blocks, self.device = blocks, device
         self.fetching, self.returning = (ThreadPoolExecutor(1, f"{what}-block") for what in ("fetch", "return"))
-        self.streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else [None, None]
+        self.inward, self.outward = (torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(2))
         self.coming: _Coming | None = None
         self.leaving: Future[None] | None = None
         self.done: torch.cuda.Event | None = None
@@ -45,7 +44,7 @@ class Visits:
         arriving, last = self.coming, len(self.blocks) - 1
         if arriving is None or arriving.place != place or (changes and not arriving.whole):
             arriving = self._fetched(place, changes or place == last, self.leaving)
-        self.coming = None  # or a third block could be on the device
+        self.coming = None  # what came in vain goes
         visitor = arriving.block.result()
         self._own(visitor)
         if changes and place > 0:
@@ -73,50 +72,45 @@ class Visits:
             after.result()
         if done is not None:  # the program runs ahead of the device: a block that was closed may be at work still
             done.synchronize()
-        block, stream = self.blocks[place], self.streams[0]
+        block = self.blocks[place]
         learned = {f"{name}:{part}" for name in block.weights for part in block.tunables(name).tensors()}
         wanted = set(block.state) if whole else learned | {f"{name}:norm" for name in block.norms}
-        with _on(stream):
+        with nullcontext() if self.inward is None else torch.cuda.stream(self.inward):
             weights = {name: replace(weight, parameter=self._moved(weight.parameter)) for name, weight in block.weights.items()}
             fixed = {name: self._moved(tensor) for name, tensor in block.fixed.items()}
             state = {name: self._moved(tensor) for name, tensor in block.state.items() if name in wanted}
-        if stream is not None:
-            stream.synchronize()
+        if self.inward is not None:
+            self.inward.synchronize()
         return replace(block, weights=weights, fixed=fixed, state=state)
 
     def _moved(self, tensor: Tensor) -> Tensor:
-        if self.streams[0] is None:
+        if self.inward is None:
             return tensor.to(self.device, copy=True)
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _return(self, place: int, visitor: LearnedBlock, moved: torch.cuda.Event | None) -> None:
-        stream = self.streams[1]
-        if stream is not None and moved is not None:
-            stream.wait_event(moved)
+        if self.outward is not None and moved is not None:
+            self.outward.wait_event(moved)
         for name, tensor in self.blocks[place].state.items():
-            if stream is None:
+            if self.outward is None:
                 tensor.copy_(visitor.state[name])
                 continue
             locked = tensor if tensor.is_pinned() else torch.empty_like(tensor, pin_memory=True)
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(self.outward):
                 locked.copy_(visitor.state[name], non_blocking=True)
-            stream.synchronize()
+            self.outward.synchronize()
             if locked is not tensor:
                 tensor.copy_(locked)
 
     def _mark(self) -> torch.cuda.Event | None:
         """Return what tells that the products so far are done."""
-        return None if self.streams[1] is None else torch.cuda.current_stream(self.device).record_event()
+        return None if self.outward is None else torch.cuda.current_stream(self.device).record_event()
 
     def _own(self, block: LearnedBlock) -> None:
-        """Tell the allocator that the stream of the products uses what was allocated on the fetching one."""
-        if self.streams[0] is None:
+        """Tell the allocator that the stream of the products uses what was allocated on the inward one."""
+        if self.inward is None:
             return
         tensors: list[Mapping[str, Tensor]] = [block.fixed, block.state]
         tensors.append({name: weight.parameter for name, weight in block.weights.items()})
         for tensor in (tensor for group in tensors for tensor in group.values()):
             tensor.record_stream(torch.cuda.current_stream(self.device))
-
-
-def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager:
-    return nullcontext() if stream is None else torch.cuda.stream(stream)

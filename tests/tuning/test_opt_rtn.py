@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from hf_autoround.layers.sites import oriented
+from hf_autoround.numerics.feedback import feedback
 from hf_autoround.scheme import integer_scheme, resolve_scheme
 from hf_autoround.tuning import BlockTask, TunableWeight, TuningSettings
 from hf_autoround.tuning.opt_rtn import choose_groups, optimized_round_to_nearest, searched
@@ -76,6 +77,32 @@ def test_experts_some_at_a_time_are_experts_all_at_once(monkeypatch):
     for expert, rows in enumerate(inputs):
         errors = [((each.weight()[expert] - weight[expert]) @ rows.t()).norm() for each in (some, at_once)]
         assert errors[0] < 1.1 * errors[1]
+
+
+def test_weights_with_the_same_inputs_share_their_feedback(monkeypatch):
+    rows, others = correlated(300, 128), correlated(300, 128).flip(1)
+    seen = {"q": [rows], "k": [rows.clone()], "o": [others], "gate": [rows]}
+    weights = {
+        name: TunableWeight(torch.randn(48, 128, generator=torch.Generator().manual_seed(place)), False, integer_scheme(3, 32))
+        for place, name in enumerate(seen)
+    }
+    squares = {name: inputs[0].square().sum(0, keepdim=True) for name, inputs in seen.items()}
+    asked = []
+
+    def counted(inputs):
+        asked.append(inputs)
+        return feedback(inputs)
+
+    monkeypatch.setattr("hf_autoround.tuning.opt_rtn.feedback", counted)
+
+    def found(names):
+        task = BlockTask(0, 1, {name: weights[name] for name in names}, importance=squares, inputs=seen)
+        return optimized_round_to_nearest(task, TuningSettings(), lambda *_: False).layers
+
+    together = found(seen)
+    assert [inputs[0] is each for inputs, each in zip(asked, (rows, others, rows), strict=True)] == [True] * 3
+    for name in seen:
+        assert torch.equal(together[name].weight(), found([name])[name].weight())
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["range known", "range not known"])
