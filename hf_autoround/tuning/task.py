@@ -46,6 +46,11 @@ class TunableWeight:
         """The data type of the scheme."""
         return data_type(self.spec)
 
+    @property
+    def columns(self) -> int:
+        """The weights of a row, I."""
+        return self.parameter.shape[-2 if self.transposed else -1]
+
     def groups(self) -> Tensor:
         """Return the float32 values in groups, ([E,] O, G, S)."""
         return group(oriented(self.parameter, self.transposed).float(), self.spec.granularity)
@@ -57,18 +62,16 @@ class TunableWeight:
     def fake_quantized(self, groups: Tensor, tunables: Tunables) -> Tensor:
         """Return the weight after quantization, float32 and stored like the parameter; differentiable."""
         values = dequantize(self.data_type.quantize(groups, self.spec, tunables))
-        columns = self.parameter.shape[-2 if self.transposed else -1]
-        return oriented(ungroup(values, columns), self.transposed)
+        return oriented(ungroup(values, self.columns), self.transposed)
 
     def finished(self, tunables: Tunables) -> QuantizedLayer:
         """Return what ships under these tunables."""
         groups = self.groups()
         quantized = self.data_type.quantize(groups, self.spec, tunables)
-        columns = self.parameter.shape[-2 if self.transposed else -1]
         frozen = self.data_type.freeze(quantized, self.spec)
         size = groups.norm().item()
         error = dequantize(frozen).sub_(groups).norm().item() / size if size else 0.0
-        return QuantizedLayer(frozen, columns, self.scheme, error, self.static)
+        return QuantizedLayer(frozen, self.columns, self.scheme, error, self.static)
 
 
 @dataclass(frozen=True)
