@@ -91,9 +91,13 @@ class FloatType(DataType):
         ...
 
     def range_rate(self, spec: TensorSpec) -> float:
-        """Return the rate at which a step of the scale moves the outermost weights as far as one of the rounding."""
+        """Return a tenth of the rate at which a step of the scale moves the outermost weights as far as one of the rounding.
+
+        These grids lie nearly as well under any scale, so that a scale which moves fast brings noise and little else
+        (tinystories, NVFP4, KL to the float model: 0.1071 at the whole rate).
+        """
         grid = self.grid(spec)
-        return grid.step(torch.tensor(grid.largest)).item() / grid.largest
+        return 0.1 * grid.step(torch.tensor(grid.largest)).item() / grid.largest
 
     def refuse(self, spec: TensorSpec, columns: int | None) -> str | None:
         """Return why there are no such weights, or None."""
