@@ -57,3 +57,12 @@ def test_a_rounding_that_gradients_agree_on_moves_further_than_one_they_do_not()
         block.move({"weight": noise[step], "norm": torch.zeros(64)}, SETTINGS, step)
     way = (block.state[name] - start).abs().flatten(1).mean(1)
     assert way[:4].mean() > 1.5 * way[4:].mean()
+
+
+@pytest.mark.parametrize(("scheme", "slower"), [("W2A16G32", 1), ("W3A16G32", 4), ("W4A16G32", 16), ("W8A16G32", 4096)])
+def test_scales_move_by_the_square_of_what_a_bit_is_worth(scheme, slower):
+    first_step = EndToEndSettings(steps=1, lr=0.1, range_lr=0.8)
+    block = learned_block(scheme)
+    block.move({name: torch.ones_like(tensor) for name, tensor in block.replacements().items()}, first_step, 0)
+    moved = (block.state["weight:scale"] - 1).abs().max().item()
+    assert moved == pytest.approx(0.8 / 64**0.5 / slower, rel=0.05)  # 64 columns
