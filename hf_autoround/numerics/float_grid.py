@@ -94,7 +94,7 @@ class FloatType(DataType):
         """Return a tenth of the rate at which a step of the scale moves the outermost weights as far as one of the rounding.
 
         These grids lie nearly as well under any scale, so that a scale which moves fast brings noise and little else
-        (tinystories, NVFP4, KL to the float model: 0.1071 at the whole rate).
+        (tinystories, NVFP4, blocks tuned, KL to the float model: 0.1025, at the whole rate 0.1071).
         """
         grid = self.grid(spec)
         return 0.1 * grid.step(torch.tensor(grid.largest)).item() / grid.largest

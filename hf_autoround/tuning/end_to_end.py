@@ -38,7 +38,7 @@ from hf_autoround.tuning.task import BlockResult, TunableWeight
 @dataclass(frozen=True)
 class EndToEndSettings:
     """How the stage goes. Rates are those of the first step: `lr` of the rounding, `range_lr` of the scales and `norm_lr` of the
-    norms (LearnedBlock has their rules). Held-out samples choose the best of twenty steps, or of every 25th.
+    norms (`LearnedBlock.move` has their rules). Held-out samples choose the best of twenty steps, or of every 25th.
 
     With `left` going from 1 to 0 the rate of the rounding falls as left^1.7, the others as left^2: what they move near the
     end is noise.

@@ -66,3 +66,12 @@ def test_scales_move_by_the_square_of_what_a_bit_is_worth(scheme, slower):
     block.move({name: torch.ones_like(tensor) for name, tensor in block.replacements().items()}, first_step, 0)
     moved = (block.state["weight:scale"] - 1).abs().max().item()
     assert moved == pytest.approx(0.8 / 64**0.5 / slower, rel=0.05)  # 64 columns
+
+
+def test_norms_move_as_far_as_the_coarsest_weight_lets_them():
+    first_step, ways = EndToEndSettings(steps=1, lr=0.1, norm_lr=0.5), {}
+    for scheme in ("W2A16G32", "W4A16G32"):
+        block = learned_block(scheme)
+        block.move({name: torch.ones_like(tensor) for name, tensor in block.replacements().items()}, first_step, 0)
+        ways[scheme] = (block.state["norm:norm"] - 1).abs().max().item()
+    assert ways == pytest.approx({"W2A16G32": 0.5, "W4A16G32": 0.125}, rel=1e-3)
