@@ -80,7 +80,7 @@ class _InputWatcher(WatchProducts):
         seen = inputs.detach().reshape(-1, inputs.shape[-1])
         precise = seen.to(torch.promote_types(seen.dtype, torch.float32))
         leading = parameter.shape[:-2]
-        squares = precise.square().sum(0)
+        squares = (precise * precise).sum(0)  # `square` takes a CPU twice as long
         total = self.statistics.squares.setdefault(name, squares.new_zeros(*leading, 1, squares.numel()))
         rows = self.statistics.rows.setdefault(name, torch.zeros(leading, dtype=torch.long))
         largest = self.statistics.largest.setdefault(name, squares.new_zeros(*leading, 1))
@@ -88,7 +88,7 @@ class _InputWatcher(WatchProducts):
             at = expert if leading else ...
             total[at] += squares
             rows[at] += len(seen)
-            largest[at] = torch.maximum(largest[at], precise.abs().max())
+            largest[at] = torch.maximum(largest[at], torch.stack(torch.aminmax(seen)).abs().max())
         if kept := -(-self.statistics.kept // (8 if leading else 1)):
             # an odd step: one that divides the rows' length would take the same few positions of all, and first tokens are
             # unlike any

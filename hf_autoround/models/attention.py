@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -85,10 +84,10 @@ class _Causal(torch.autograd.Function):
     def forward(ctx, query, key, value, scale):  # noqa: ANN001, ANN205
         output = query.new_empty(*query.shape[:2], value.shape[-1])
         future = torch.full((CHUNK, CHUNK), float("-inf"), dtype=query.dtype, device=query.device).triu(1)
-        chunks = []
+        nothing, chunks = query.new_zeros(1, 1, 1), []
         for start, end in _chunks(query):
-            mask = F.pad(future[: end - start, : end - start], (start, 0)).expand(len(query), -1, -1)
-            shares = torch.baddbmm(mask, query[:, start:end], key[:, :end].transpose(1, 2), alpha=scale)
+            shares = torch.baddbmm(nothing, query[:, start:end], key[:, :end].transpose(1, 2), beta=0, alpha=scale)
+            shares[:, :, start:] += future[: end - start, : end - start]
             torch.softmax(shares, -1, out=shares)
             output[:, start:end] = shares @ value[:, :end]
             if any(ctx.needs_input_grad):
@@ -103,11 +102,11 @@ class _Causal(torch.autograd.Function):
         for_query, for_key, for_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for (start, end), shares in zip(_chunks(query), chunks, strict=True):
             own = gradient[:, start:end]
-            for_value[:, :end] += shares.transpose(1, 2) @ own
+            for_value[:, :end].baddbmm_(shares.transpose(1, 2), own)
             for_shares = own @ value[:, :end].transpose(1, 2)
             for_scores = torch._softmax_backward_data(for_shares, shares, -1, shares.dtype)
             for_query[:, start:end] = for_scores @ key[:, :end]
-            for_key[:, :end] += for_scores.transpose(1, 2) @ query[:, start:end]
+            for_key[:, :end].baddbmm_(for_scores.transpose(1, 2), query[:, start:end])
         return for_query.mul_(ctx.scale), for_key.mul_(ctx.scale), for_value, None
 
 

@@ -48,7 +48,8 @@ def group(weight: Tensor, granularity: Granularity) -> Tensor:
 
 def ungroup(groups: Tensor, columns: int) -> Tensor:
     """Undo `group`: (..., O, G, S) -> (..., O, I), the padding cut off."""
-    return groups.flatten(-2)[..., :columns]
+    flat = groups.flatten(-2)
+    return flat if flat.shape[-1] == columns else flat[..., :columns]  # the backward of a cut that cuts nothing copies
 
 
 def over_rows(values: Tensor, granularity: Granularity, reduce: Callable[[Tensor], Tensor]) -> Tensor:

@@ -201,14 +201,16 @@ class _ToGrid(torch.autograd.Function):
         codes = torch.div(groups, scale).add_(rounding).round_()
         if zero_point is not None:
             codes.add_(zero_point)
-        inside = (codes >= low) & (codes <= high)
-        ctx.save_for_backward(groups, scale, inside)
-        return codes.clamp_(low, high)
+        elements = codes.clamp(low, high)
+        if any(ctx.needs_input_grad):
+            # comparing takes a CPU six times as long as subtracting
+            ctx.save_for_backward(groups, scale, codes.sub_(elements).bool().logical_not_())
+        return elements
 
     @staticmethod
     def backward(ctx, gradient):  # noqa: ANN001, ANN205
         groups, scale, inside = ctx.saved_tensors
-        for_rounding = gradient * inside
+        for_rounding = inside.view(torch.int8).to(gradient.dtype).mul_(gradient)
         for_scale = None
         if ctx.needs_input_grad[1]:
             for_scale = (for_rounding * groups).sum(-1, keepdim=True).neg_().div_(scale * scale)
