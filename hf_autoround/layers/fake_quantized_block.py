@@ -80,7 +80,7 @@ class _InputWatcher(WatchProducts):
         seen = inputs.detach().reshape(-1, inputs.shape[-1])
         precise = seen.to(torch.promote_types(seen.dtype, torch.float32))
         leading = parameter.shape[:-2]
-        squares = (precise * precise).sum(0)  # `square` takes a CPU twice as long
+        squares = precise.square().sum(0)
         total = self.statistics.squares.setdefault(name, squares.new_zeros(*leading, 1, squares.numel()))
         rows = self.statistics.rows.setdefault(name, torch.zeros(leading, dtype=torch.long))
         largest = self.statistics.largest.setdefault(name, squares.new_zeros(*leading, 1))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_autoround.numerics.base import DataType, refuse_ragged
 from hf_autoround.numerics.quantized import QuantizedTensor, dequantize
-from hf_autoround.numerics.rounding import power_of_two_below
+from hf_autoround.numerics.rounding import power_of_two_below, within
 from hf_autoround.numerics.search import CHUNK
 from hf_autoround.numerics.tunables import Tunables, learned
 from hf_autoround.scheme import TensorSpec
@@ -174,9 +174,7 @@ class _ToGrid(torch.autograd.Function):
         step = grid.step(values)
         moved = torch.addcmul(values, rounding, step)
         if any(ctx.needs_input_grad):
-            # comparing takes a CPU six times as long as subtracting
-            outside = moved.clamp(-grid.largest, grid.largest).sub_(moved).bool()
-            ctx.save_for_backward(groups, scale, step.mul_(outside.logical_not_().view(torch.int8)))
+            ctx.save_for_backward(groups, scale, step.mul_(within(moved, -grid.largest, grid.largest)))
         return grid.nearest(moved)
 
     @staticmethod

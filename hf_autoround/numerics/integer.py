@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_autoround.numerics.base import DataType, by_groups, refuse_ragged, refuse_static
 from hf_autoround.numerics.quantized import QuantizedTensor, dequantize
-from hf_autoround.numerics.rounding import round_to_bfloat16, straight_through
+from hf_autoround.numerics.rounding import round_to_bfloat16, straight_through, within
 from hf_autoround.numerics.search import best_of_grid
 from hf_autoround.numerics.tunables import Tunables, learned
 from hf_autoround.scheme import ActivationSpec, PerBlock, PerTensor, TensorSpec
@@ -201,16 +201,14 @@ class _ToGrid(torch.autograd.Function):
         codes = torch.div(groups, scale).add_(rounding).round_()
         if zero_point is not None:
             codes.add_(zero_point)
-        elements = codes.clamp(low, high)
         if any(ctx.needs_input_grad):
-            # comparing takes a CPU six times as long as subtracting
-            ctx.save_for_backward(groups, scale, codes.sub_(elements).bool().logical_not_())
-        return elements
+            ctx.save_for_backward(groups, scale, within(codes, low, high))
+        return codes.clamp_(low, high)
 
     @staticmethod
     def backward(ctx, gradient):  # noqa: ANN001, ANN205
         groups, scale, inside = ctx.saved_tensors
-        for_rounding = inside.view(torch.int8).to(gradient.dtype).mul_(gradient)
+        for_rounding = inside.to(gradient.dtype).mul_(gradient)
         for_scale = None
         if ctx.needs_input_grad[1]:
             for_scale = (for_rounding * groups).sum(-1, keepdim=True).neg_().div_(scale * scale)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies beyond the ends of a grid stays there: its rounding and its scale learn nothing from that weight's own code."""
+"""A weight beyond the end of a grid: its rounding takes no gradient, the scale that of the outermost number."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ WEIGHTS = torch.tensor([[[-9.2, -8.4, -8.0, 0.3, 7.4, 7.6, 9.0]]])
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_integers(symmetric):
+def test_integers_beyond_the_ends_take_no_gradient(symmetric):
     zero_point = None if symmetric else 8 * ONE
     tunables = IntegerTunables(ONE, zero_point, torch.zeros_like(WEIGHTS).requires_grad_(), ONE.clone().requires_grad_())
     spec = integer_scheme(4, -1, symmetric).weight
@@ -23,11 +23,11 @@ def test_integers(symmetric):
     assert values.flatten().tolist() == [-8, -8, -8, 0, 7, 7, 7]
     values.sum().backward()
     assert tunables.rounding.grad.flatten().tolist() == [0, 1, 1, 1, 1, 0, 0]
-    # each weight's code, less what the weight is where it has not been clipped
+    # each weight's code, less the weight itself (in scales) where it is not clipped
     assert tunables.scale.grad.item() == pytest.approx(-8 + 0.4 + 0 - 0.3 - 0.4 + 7 + 7)
 
 
-def test_floats():
+def test_floats_beyond_the_ends_take_no_gradient():
     spec = next(preset.weight for preset in PRESETS if preset.name == "NVFP4")
     weights = WEIGHTS * 0.75  # E2M1 ends at 6
     tunables = FloatTunables(ONE, ONE, torch.zeros_like(WEIGHTS).requires_grad_(), ONE.clone().requires_grad_())
