@@ -244,7 +244,7 @@ class _Stage:
             kl, gradient = teacher.backward(
                 heads(parameters), mine.detach().flatten(0, 1), theirs.flatten(0, 1), head.rows, scale
             )
-            mine.backward(gradient.view_as(mine))
+            mine.backward(teacher.evened(gradient).view_as(mine))
             assert leaf.grad is not None
             return kl, leaf.grad
 

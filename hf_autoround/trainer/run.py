@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from hf_autoround import __version__
@@ -55,6 +56,23 @@ class Run:
     def streams_blocks(self) -> bool:
         """Say whether blocks are walked with data, or tensors rounded as they pass by."""
         return self.data is not None
+
+    def for_blocks(self, tokens: Tensor) -> Tensor:
+        """Return those of all samples (N, T) by which blocks are decided.
+
+        Sampled texts serve end to end alone, unless there is nothing else. Where rounding is only its start, it sees samples
+        of eight times the tokens that it keeps, which decide as well as all (benchmarks/README.md); experts, which see
+        a part each, and the ranges of inputs, which do not change any more, get all.
+        """
+        assert self.data is not None
+        if self.args.end_to_end_steps <= 0:
+            return tokens
+        tokens = tokens[: len(self.data.tokens) or self.args.nsamples]
+        all_count = any(needs_calibration(scheme) for scheme in self.plan.schemes.values())
+        if self.args.algorithm == "sign_round" or all_count or any(site.expert is not None for site in self.plan.sites):
+            return tokens
+        enough = max(8 * SAMPLED_ROWS // tokens.shape[1], self.args.batch_size * self.settings.processes.count, 1)
+        return tokens[:: max(1, len(tokens) // enough)]
 
     @property
     def kept_per_weight(self) -> float:

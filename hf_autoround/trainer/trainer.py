@@ -133,12 +133,10 @@ class RoundingTrainer:
         self.state.compute_steps(self.args, self.state.max_steps)
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         if run.streams_blocks:
-            assert tokens is not None and run.data is not None
+            assert tokens is not None
             algorithm = ALGORITHMS[self.args.algorithm]
-            # sampled texts serve the whole model; blocks are decided on the data, or on as many samples if there is none
-            for_blocks = tokens[: len(run.data.tokens) or self.args.nsamples] if whole_steps else tokens
             events = TrainerEvents(self, run.plan, steps_per_block, self.state.num_train_epochs)
-            model = PlannedModel(run.lazy, run.parts, run.plan, for_blocks)
+            model = PlannedModel(run.lazy, run.parts, run.plan, run.for_blocks(tokens))
             try:
                 stream_blocks(model, algorithm, self.args.tuning(), run.settings, journal, events)
                 if whole_steps:

@@ -76,6 +76,16 @@ def backward(heads: Heads, hidden: Tensor, target: Tensor, rows: int, scale: flo
     return total, gradient
 
 
+def evened(gradient: Tensor) -> Tensor:
+    """Return gradients (..., H) of positions, each as long as the square root of what it was.
+
+    A few positions, far from the float model, have most of the divergence and of its gradient, and which of them a batch holds
+    is much of the noise of a step. So each pulls about as if its divergence counted by its power 3/4.
+    """
+    length = gradient.float().norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return (gradient * length.rsqrt()).to(gradient.dtype)
+
+
 def error(heads: Heads, hidden: Tensor, target: Tensor, rows: int) -> Tensor:
     """Return the mean KL divergence over positions: exact, or `backward`'s estimate if `hidden` (R, H) needs a gradient."""
     if not (torch.is_grad_enabled() and hidden.requires_grad):

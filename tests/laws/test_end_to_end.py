@@ -238,6 +238,27 @@ def test_blocks_are_decided_on_all_data_and_on_no_sampled_text(tiny_model, tmp_p
     assert seen[0].shape == (12, 16)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "fewer"),
+    [
+        ("llama", {"iters": 0}, True),
+        ("llama", {"iters": 0, "end_to_end_steps": 0}, False),
+        ("llama", {"iters": 0, "disable_opt_rtn": True}, True),
+        ("llama", {"iters": 2}, False),
+        ("llama", {"iters": 0, "scheme": "FP8_STATIC"}, False),
+        ("llama", {"iters": 0, "batch_size": 30}, False),
+        ("qwen3_moe", {"iters": 0}, False),
+    ],
+    ids=["a start", "all there is", "round to nearest", "tuned", "ranges of inputs", "fewer would be no batch", "experts"],
+)
+def test_rounding_that_is_only_a_start_sees_fewer_samples(name, arguments, fewer, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_autoround.trainer.run.SAMPLED_ROWS", 24)  # times eight: eight samples of 24 tokens
+    settings = {"scheme": "W4A16", "batch_size": 4, "end_to_end_steps": 2, "disable_tqdm": True, **arguments}
+    args = RoundingArguments(output_dir=str(tmp_path / "out"), **settings)
+    run = RoundingTrainer(str(tiny_model(name)), args, train_dataset=SAMPLES).prepare()
+    assert torch.equal(run.for_blocks(SAMPLES), SAMPLES[::5] if fewer else SAMPLES)
+
+
 def test_a_start_that_is_no_number_is_an_error(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_autoround.tuning.end_to_end._held_out", lambda *given: float("nan"))
     with pytest.raises(CalibrationError, match=r"predictions of the quantized model .* hold NaN or infinity"):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_autoround.tuning.teacher import Heads, backward, divergence
+from hf_autoround.tuning.teacher import Heads, backward, divergence, evened
 
 
 @pytest.mark.parametrize("rows", [1, 5, 64])
@@ -44,3 +44,12 @@ def test_large_logits_in_bfloat16_hide_no_small_difference():
         return abs(found / exact - 1).item(), ((gradient - expected).norm() / expected.norm()).item()
 
     assert off(False)[0] > 20 * off(True)[0] and off(False)[1] > 20 * off(True)[1] and max(off(True)) < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_position_pulls_where_it_did_with_the_root_of_its_force(dtype):
+    gradient = torch.tensor([[3e-9, 4e-9], [0.0, 0.0], [-3.0, 4.0]], dtype=dtype)
+    found = evened(gradient)
+    assert found.dtype == dtype and torch.equal(found[1], gradient[1])
+    assert torch.allclose(found.float().norm(dim=-1), gradient.float().norm(dim=-1).sqrt(), rtol=0.01)
+    assert torch.allclose(F.normalize(found.float()), F.normalize(gradient.float(), eps=1e-30), atol=0.01)
