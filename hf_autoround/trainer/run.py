@@ -72,7 +72,8 @@ class Run:
         if self.args.algorithm == "sign_round" or all_count or any(site.expert is not None for site in self.plan.sites):
             return tokens
         enough = max(8 * SAMPLED_ROWS // tokens.shape[1], self.args.batch_size * self.settings.processes.count, 1)
-        return tokens[:: max(1, len(tokens) // enough)]
+        every = max(1, len(tokens) // enough)
+        return tokens[every // 2 :: every]  # the first of every few choose the best step
 
     @property
     def kept_per_weight(self) -> float:

@@ -172,8 +172,9 @@ class EndToEndTask:
     `open(place)` gives the LearnedBlock at a place (the head's after the blocks, if `learns_head`) on the device of its
     products, for the duration of a `with`; what was changed in it stays if `changes`. `inputs(samples)` are the first
     block's inputs (B, T, H), `run(place, hidden, samples, parameters)` a block's outputs; `measure(hidden, samples,
-    head's parameters)` is the sum of the KL divergence over the samples' tokens, `backward` that and `scale` times its
-    gradient. `tokens` is T. Samples may be shared out as in BlockTask.
+    head's parameters)` is the sum of the KL divergence over the samples' tokens, `backward` that and what to follow for less of
+    it: the gradient of `scale` times the sum, evened out among tokens (`teacher.evened`). `tokens` is T.
+    Samples may be shared out as in BlockTask.
 
     The forward of the last `kept_blocks()` blocks is kept for their backward, that of the others is computed twice;
     `one_kept(bytes)` tells how much memory one takes. `keep(place, hidden)` is told what enters the others, and returns what
