@@ -62,7 +62,7 @@ class Run:
 
         Sampled texts serve end to end alone, unless there is nothing else. Where rounding is only its start, it sees samples
         of eight times the tokens that it keeps, which decide as well as all (benchmarks/README.md); experts, which see
-        a part each, and the ranges of inputs, which do not change any more, get all.
+        a part each, and schemes that have to see data, whose ranges do not change any more, get all.
         """
         assert self.data is not None
         if self.args.end_to_end_steps <= 0:

@@ -5,6 +5,7 @@ A smaller error of a block's output is often not a better model; a smaller KL di
 tunables of every block (the same that block tuning moves) follow the gradient of the KL divergence to the float model by
 Adam (https://arxiv.org/abs/1412.6980). The sign of one step's gradient is mostly noise, from few samples and here from all other
 blocks' rounding on the move: a code that hardly matters should not walk as far as one that does.
+A few positions would have most of the gradient, so each counts with the root of its own (`teacher.evened`).
 Relatives: SignRound (https://arxiv.org/abs/2309.05516) for what is tuned, EfficientQAT (https://arxiv.org/abs/2407.11062)
 for tuning end to end, there with the codes frozen.
 

@@ -19,6 +19,7 @@ from hf_autoround.models.head import Head
 from hf_autoround.streams.end_to_end_journal import EndToEndJournal
 from hf_autoround.streams.journal import Journal
 from hf_autoround.trainer import trainer as trainer_module
+from hf_autoround.tuning import teacher
 from hf_autoround.tuning.end_to_end import Progress
 from hf_autoround.tuning.samples import split
 
@@ -257,6 +258,25 @@ def test_rounding_that_is_only_a_start_sees_fewer_samples(name, arguments, fewer
     args = RoundingArguments(output_dir=str(tmp_path / "out"), **settings)
     run = RoundingTrainer(str(tiny_model(name)), args, train_dataset=SAMPLES).prepare()
     assert torch.equal(run.for_blocks(SAMPLES), SAMPLES[2::5] if fewer else SAMPLES)
+
+
+def test_blocks_follow_the_evened_gradient_of_every_position(tiny_model, tmp_path, monkeypatch):
+    lengths = []
+
+    def twice(gradient, original=teacher.evened):
+        lengths.append(len(gradient))
+        return 2 * original(gradient)
+
+    trainer = tuned(tiny_model("llama"), tmp_path / "evened")
+    monkeypatch.setattr(teacher, "evened", lambda gradient: gradient)
+    as_they_are = tuned(tiny_model("llama"), tmp_path / "as-they-are")
+    assert measured(trainer)[0]["held_out_kl"] == measured(as_they_are)[0]["held_out_kl"]
+    assert measured(trainer)[-1]["held_out_kl"] != measured(as_they_are)[-1]["held_out_kl"]
+    monkeypatch.undo()
+    monkeypatch.setattr(teacher, "evened", twice)
+    tuned(tiny_model("llama"), tmp_path / "twice")
+    assert lengths == [4 * 24] * 6
+    assert contents(tmp_path / "twice") == contents(tmp_path / "evened"), "Adam does not mind the size of gradients"
 
 
 def test_a_start_that_is_no_number_is_an_error(tiny_model, tmp_path, monkeypatch):
